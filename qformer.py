@@ -1,0 +1,317 @@
+"""The Querying Transformer (paper 3.1 and 3.2, Figure 2): BERT, plus queries, plus cross-attention to the image.
+
+Two transformers share one self-attention: Q learned queries, which read the image through cross-attention in
+every second block, and T text tokens, which never see the image. Queries and text have a feed-forward each. Who
+may see whom is decided by one mask, drawn in `qformer_mask`, and the mask decides which of the three losses the
+pass can serve.
+
+In:  image tokens (B, P, V) of the frozen ViT after `ln_vision`, text ids (B, T) that start with [CLS] or [DEC]
+Out: `query_out` (B, Q, D) and `text_out` (B, T, D)
+
+Post-norm, as BERT is. There are no token-type embeddings (weights.py adds BERT's row 0 to the position table), the
+queries have no positions, and text positions start at 0 in every pass.
+Letters: B batch, Q queries (32), T text tokens, S = Q + T, P image tokens, V ViT width, D width (768), H heads,
+K width of a head, W vocabulary (30,522 of BERT + [DEC]).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generate import KVCache
+
+ImageKV = list[tuple[Tensor, Tensor]]  # of each block with cross-attention: keys and values (B, H, P, K)
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Sizes of the Q-Former; the defaults are the paper's, over BERT-base and ViT-g."""
+
+    vocab_size: int = 30523  # with [DEC], which is the last id
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    max_positions: int = 512
+    num_queries: int = 32
+    image_width: int = 1408
+    cross_every: int = 2  # cross-attention in blocks 0, 2, 4, ...: "every other transformer block" (3.1)
+    dropout: float = 0.1
+    eps: float = 1e-12
+
+
+def qformer_mask(kind: str, text_mask: Tensor, num_queries: int) -> Tensor:
+    """Who may attend to whom in one joint pass (paper Figure 2, right): bool (B, 1, S, S), True = may attend.
+
+    kind: "itc", "itm" or "itg"; text_mask: (B, T) bool, True = real token, False = padding.
+    Rows attend to columns. Three queries q, three words t and one padding p (`#` = may attend):
+
+            itc: unimodal      itm: bi-directional   itg: multimodal causal
+             q q q t t t p        q q q t t t p         q q q t t t p
+        q    # # # . . . .        # # # # # # .         # # # . . . .
+        q    # # # . . . .        # # # # # # .         # # # . . . .
+        q    # # # . . . .        # # # # # # .         # # # . . . .
+        t    . . . # # # .        # # # # # # .         # # # # . . .
+        t    . . . # # # .        # # # # # # .         # # # # # . .
+        t    . . . # # # .        # # # # # # .         # # # # # # .
+        p    . . . # # # .        # # # # # # .         # # # # # # .
+
+    Padding is hidden as a key only. Its rows stay non-empty, so no softmax runs over nothing; nobody reads them.
+    """
+    if text_mask.dtype != torch.bool:
+        raise TypeError(f"got a text_mask of {text_mask.dtype}, expected torch.bool (True = real token): use .bool()")
+    position = torch.arange(num_queries + text_mask.shape[1], device=text_mask.device)
+    row, key = position[:, None], position[None, :]
+    row_is_query, key_is_query = row < num_queries, key < num_queries
+    if kind == "itc":  # each side sees itself only: no leak between what is compared
+        allowed = row_is_query == key_is_query
+    elif kind == "itm":  # everybody sees everybody
+        allowed = torch.ones_like(row == key)
+    elif kind == "itg":  # text sees the queries and the text before it; queries see queries (UniLM)
+        allowed = key_is_query | (~row_is_query & (key <= row))
+    else:
+        raise ValueError(f'got mask kind {kind!r}, expected "itc", "itm" or "itg"')
+    key_is_real = F.pad(text_mask, (num_queries, 0), value=True)  # (B, S): queries are never padding
+    return allowed & key_is_real[:, None, None, :]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v of (B, H, rows, K) and (B, H, keys, K); mask: bool, broadcast to the scores."""
+    if q.is_cuda or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    # Training on CPU, the plain products are faster than the fused kernel, whose backward recomputes them.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, rows, keys)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+class Prefix:
+    """The self-attention keys and values of the query pass, kept for the text that follows (ITG)."""
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the first k, v (B, H, rows, K) of a layer; later ones are returned with the kept in front of them."""
+        if layer == len(self.layers):
+            self.layers.append((k, v))
+            return k, v
+        kept_k, kept_v = self.layers[layer]
+        return torch.cat((kept_k, k), dim=2), torch.cat((kept_v, v), dim=2)
+
+
+class SelfAttention(nn.Module):
+    """Shared by queries and text; with the residual and the norm after it."""
+
+    def __init__(self, cfg: QFormerConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads, self.dropout = layer, cfg.heads, cfg.dropout
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.proj = nn.Linear(cfg.width, cfg.width)
+        self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
+        B, S, D = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, S, K)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        out = attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, S, D)
+        return self.ln(x + F.dropout(self.proj(out), dropout))
+
+
+class CrossAttention(nn.Module):
+    """Queries read the image; no mask. The keys and values come from `image_kv`, made once for each image."""
+
+    def __init__(self, cfg: QFormerConfig):
+        super().__init__()
+        self.heads, self.dropout = cfg.heads, cfg.dropout
+        self.q = nn.Linear(cfg.width, cfg.width)
+        self.kv = nn.Linear(cfg.image_width, 2 * cfg.width)
+        self.proj = nn.Linear(cfg.width, cfg.width)
+        self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+
+    def image_kv(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P, V) -> keys and values (B, H, P, K)."""
+        B, P, _ = image_tokens.shape
+        k, v = self.kv(image_tokens).view(B, P, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, x: Tensor, image_kv: tuple[Tensor, Tensor]) -> Tensor:
+        B, Q, D = x.shape
+        q = self.q(x).view(B, Q, self.heads, -1).transpose(1, 2)  # (B, H, Q, K)
+        dropout = self.dropout if self.training else 0.0
+        out = attend(q, *image_kv, None, dropout).transpose(1, 2).reshape(B, Q, D)
+        return self.ln(x + F.dropout(self.proj(out), dropout))
+
+
+class FeedForward(nn.Module):
+    """BERT's two Linears with the exact (erf) GELU, the residual and the norm after it."""
+
+    def __init__(self, cfg: QFormerConfig):
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.up = nn.Linear(cfg.width, cfg.mlp)
+        self.down = nn.Linear(cfg.mlp, cfg.width)
+        self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ln(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+
+
+class Block(nn.Module):
+    """Self-attention for all; cross-attention and a feed-forward for the queries; another feed-forward for text."""
+
+    def __init__(self, cfg: QFormerConfig, layer: int):
+        super().__init__()
+        self.attn = SelfAttention(cfg, layer)
+        self.cross = CrossAttention(cfg) if layer % cfg.cross_every == 0 else None
+        self.ffn_query = FeedForward(cfg)
+        self.ffn_text = FeedForward(cfg)
+
+    def forward(self, x: Tensor, num_queries: int, mask: Tensor | None, image_kv, cache) -> Tensor:
+        x = self.attn(x, mask, cache)  # (B, S, D)
+        parts = []
+        if num_queries:
+            queries = x[:, :num_queries]
+            if self.cross is not None:
+                queries = self.cross(queries, image_kv)
+            parts.append(self.ffn_query(queries))
+        if num_queries < x.shape[1]:
+            parts.append(self.ffn_text(x[:, num_queries:]))
+        return torch.cat(parts, dim=1) if len(parts) == 2 else parts[0]
+
+
+class LMHead(nn.Module):
+    """BERT's masked-word head, here predicting the next word (ITG). Its output matrix is the word embedding."""
+
+    def __init__(self, cfg: QFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(cfg.width, cfg.width)
+        self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+
+    def forward(self, x: Tensor, word_embedding: Tensor) -> Tensor:
+        return F.linear(self.ln(F.gelu(self.dense(x))), word_embedding, self.bias)
+
+
+class QFormer(nn.Module):
+    """The queries, BERT's embeddings and blocks, the cross-attention, the LM head.
+
+    Four ways through the same blocks: the joint pass `forward`, which takes any of the three masks and is the one to
+    read; and its parts, which do no work twice: `encode_queries`, `encode_text`, and `decode_text` on the keys and
+    values that `encode_queries` left in a cache. tests/test_masks.py proves them equal.
+    """
+
+    def __init__(self, cfg: QFormerConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.queries = nn.Parameter(torch.empty(1, cfg.num_queries, cfg.width))
+        self.word_embedding = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.position_embedding = nn.Embedding(cfg.max_positions, cfg.width)
+        self.embedding_ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
+        self.lm_head = LMHead(cfg)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """BERT's N(0, 0.02), the queries too: at 0, the first norm would divide nothing by nothing."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0, 0.02)
+            if isinstance(module, nn.Linear):
+                module.bias.zero_()
+        self.queries.normal_(0, 0.02)
+
+    @property
+    def dec_id(self) -> int:
+        """[DEC], the id appended to BERT's vocabulary; it starts a text that is to be generated (paper 3.2)."""
+        return self.cfg.vocab_size - 1
+
+    def image_kv(self, image_tokens: Tensor) -> ImageKV:
+        """Cross-attention keys and values of (B, P, V) image tokens: computed once for all passes that need them."""
+        return [block.cross.image_kv(image_tokens) for block in self.blocks if block.cross is not None]
+
+    def forward(self, kind: str, text_ids: Tensor, text_mask: Tensor, image_kv: ImageKV) -> tuple[Tensor, Tensor]:
+        """The joint pass: queries and text at once under one of the three masks -> query_out, text_out."""
+        Q = self.cfg.num_queries
+        x = torch.cat((self.queries.expand(len(text_ids), -1, -1), self.embed(text_ids)), dim=1)
+        x = self.run(x, Q, qformer_mask(kind, text_mask, Q), image_kv)
+        return x[:, :Q], x[:, Q:]
+
+    def encode_queries(self, image_kv: ImageKV, cache=None) -> Tensor:
+        """Queries alone -> query_out (B, Q, D). A cache, if given, keeps their self-attention keys and values."""
+        batch = image_kv[0][0].shape[0]
+        return self.run(self.queries.expand(batch, -1, -1), self.cfg.num_queries, None, image_kv, cache)
+
+    def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Text alone, bi-directional -> text_out (B, T, D); row 0 is [CLS]."""
+        return self.run(self.embed(text_ids), 0, qformer_mask("itc", text_mask, 0))
+
+    def decode_text(self, text_ids: Tensor, text_mask: Tensor, cache, start: int = 0) -> Tensor:
+        """Text under the causal mask, behind the queries that `cache` holds -> (B, T, D).
+
+        text_ids are the tokens from position `start` on; text_mask (B, start + T) also covers those before them.
+        """
+        Q = self.cfg.num_queries
+        mask = qformer_mask("itg", text_mask, Q)[:, :, Q + start :]
+        return self.run(self.embed(text_ids, start), 0, mask, cache=cache)
+
+    def lm_logits(self, text_out: Tensor) -> Tensor:
+        """(..., D) -> next-token logits (..., W)."""
+        return self.lm_head(text_out, self.word_embedding.weight)
+
+    def embed(self, text_ids: Tensor, start: int = 0) -> Tensor:
+        """Words and positions, before the norm: (B, T) -> (B, T, D)."""
+        end = start + text_ids.shape[1]
+        if end > self.cfg.max_positions:
+            raise ValueError(
+                f"got a text of {end} tokens, expected at most {self.cfg.max_positions} (BERT's position table): "
+                "shorten it"
+            )
+        return self.word_embedding(text_ids) + self.position_embedding.weight[start:end]
+
+    def run(self, x: Tensor, num_queries: int, mask: Tensor | None, image_kv: ImageKV = (), cache=None) -> Tensor:
+        """All blocks over x (B, S, D), whose first `num_queries` rows are queries."""
+        x = F.dropout(self.embedding_ln(x), self.cfg.dropout, self.training)
+        kv = iter(image_kv)
+        for block in self.blocks:
+            x = block(x, num_queries, mask, next(kv) if num_queries and block.cross is not None else None, cache)
+        return x
+
+
+class CaptionDecoder:
+    """What generate.py drives: the text side of the Q-Former behind the queries of B images (ITG at inference)."""
+
+    def __init__(self, qformer: QFormer, image_kv: ImageKV, max_new_tokens: int):
+        cfg, like = qformer.cfg, image_kv[0][0]
+        self.qformer = qformer
+        length = cfg.num_queries + max_new_tokens  # [DEC] and all new tokens but the last, which nothing follows
+        self.cache = KVCache(cfg.depth, like.shape[0], cfg.heads, length, cfg.width // cfg.heads, like)
+        qformer.encode_queries(image_kv, self.cache)
+
+    def start(self) -> Tensor:
+        """[DEC] -> logits of the first word (B, W)."""
+        rows = self.cache.k.shape[1]
+        return self.step(torch.full((rows,), self.qformer.dec_id, device=self.cache.k.device))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append tokens (R,) -> next-token logits (R, W)."""
+        start = self.cache.length - self.qformer.cfg.num_queries
+        text_mask = torch.ones(len(tokens), start + 1, dtype=torch.bool, device=tokens.device)
+        text_out = self.qformer.decode_text(tokens[:, None], text_mask, self.cache, start)
+        return self.qformer.lm_logits(text_out[:, 0])
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes a copy of old row rows[i]."""
+        self.cache.select(rows)
+
+
+def copy_text_ffn_to_queries(qformer: QFormer) -> None:
+    """The query feed-forward starts as BERT's text feed-forward (paper 3.1: "initialize Q-Former with BERT")."""
+    for block in qformer.blocks:
+        block.ffn_query.load_state_dict(block.ffn_text.state_dict())

@@ -1,0 +1,171 @@
+"""The frozen image encoder: one plain pre-norm ViT that serves EVA-CLIP ViT-g/14, CLIP ViT-L/14 and DINOv2.
+
+Paper 3.4: "We remove the last layer of the ViT and use the second last layer's output features."
+So a `ViT` is built one block short of the published depth, and has no final norm: the trained
+`ln_vision` of blip2.py stands in its place. All P = 1 + h*w tokens are returned, [CLS] first.
+
+In:  images (B, 3, H, W), uint8 or already normalised; any H and W that are multiples of the patch size
+Out: image tokens (B, P, V)
+
+Left out on purpose: dropout and drop path (0 in every BLIP-2 recipe), and DINOv2's LayerScale, which
+weights.py folds into the Linear before it.
+Letters: B images, P tokens of an image, V width, H heads, K width of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes and habits of one encoder. `depth` counts the blocks that run, not those published."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    patch_size: int = 14
+    image_size: int = 224  # the (square) side that the position table was made for
+    act: str = "gelu"  # "gelu" is the exact one, by erf; CLIP has "quick_gelu"
+    eps: float = 1e-6
+    ln_pre: bool = False  # CLIP normalises once more before the first block
+    conv_bias: bool = True
+    key_bias: bool = True  # EVA has none; softmax cancels it anyway
+    align_corners: bool = False  # how the family resizes its positions: EVA and DINOv2 False, CLIP True
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+
+# The paper's two encoders (3.4). Published depths are 40 and 24; the last block is gone here.
+PRESETS = {
+    "eva-g": ViTConfig(1408, depth=39, heads=16, mlp=6144, key_bias=False),  # 985,894,528 parameters
+    "clip-l": ViTConfig(  # 290,581,504 parameters
+        1024, depth=23, heads=16, mlp=4096, act="quick_gelu", eps=1e-5, ln_pre=True, conv_bias=False, align_corners=True
+    ),
+}
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's cheaper GELU, x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all image tokens."""
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.heads = cfg.heads
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
+        # The three biases are apart because EVA-CLIP stores two of them only.
+        self.q_bias = nn.Parameter(torch.zeros(cfg.width))
+        self.k_bias = nn.Parameter(torch.zeros(cfg.width)) if cfg.key_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(cfg.width))
+        self.proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, P, V = x.shape
+        k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+        qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
+        q, k, v = qkv.view(B, P, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, P, K)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, P, V))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.attn = Attention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.fc1 = nn.Linear(cfg.width, cfg.mlp)
+        self.fc2 = nn.Linear(cfg.mlp, cfg.width)
+        self.act = ACTIVATIONS[cfg.act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.fc2(self.act(self.fc1(self.ln_2(x))))
+
+
+class ViT(nn.Module):
+    """Patches, [CLS], positions, blocks; no head and no final norm (paper 3.4)."""
+
+    def __init__(self, cfg: ViTConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_checkpointing = False  # recompute each block in the backward pass: slower, far less memory
+        grid = cfg.image_size // cfg.patch_size
+        self.patch_embed = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=cfg.conv_bias)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, cfg.width))  # [CLS], then row by row
+        self.ln_pre = nn.LayerNorm(cfg.width, eps=cfg.eps) if cfg.ln_pre else nn.Identity()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """The usual N(0, 0.02) of ViTs, for encoders trained from scratch (assets/make_tiny.py)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.weight.normal_(0, 0.02)
+                if module.bias is not None:
+                    module.bias.zero_()
+        self.cls_token.normal_(0, 0.02)
+        self.pos_embed.normal_(0, 0.02)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, in which the images are processed."""
+        return self.pos_embed.dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 1 + H/patch * W/patch, V). uint8 is normalised here, floats are taken as normalised."""
+        B, _, height, width = images.shape
+        patch = self.cfg.patch_size
+        if height % patch or width % patch:
+            raise ValueError(
+                f"got images of {height} x {width} pixels, expected multiples of the patch size {patch}: "
+                f"resize to {max(1, round(height / patch)) * patch} x {max(1, round(width / patch)) * patch}"
+            )
+        if images.dtype == torch.uint8:
+            images = self.normalize(images)
+        x = self.patch_embed(images.to(self.dtype)).flatten(2).transpose(1, 2)  # (B, P-1, V)
+        x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)
+        x = self.ln_pre(x + self.positions(height // patch, width // patch))
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float32 with the encoder's own mean and standard deviation."""
+        x = images.float()
+        for channel, (mean, std) in enumerate(zip(self.cfg.mean, self.cfg.std)):  # plain numbers: no copy to the device
+            x[:, channel].sub_(255 * mean).div_(255 * std)
+        return x
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """The position table for a grid of rows x columns patches: (1, 1 + rows*columns, V).
+
+        Another grid than the table's own is resized bicubically in fp32; [CLS] has no place and is kept.
+        """
+        grid = self.cfg.image_size // self.cfg.patch_size
+        if (rows, columns) == (grid, grid):
+            return self.pos_embed
+        cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        patch_pos = patch_pos.float().transpose(1, 2).unflatten(2, (grid, grid))  # (1, V, grid, grid)
+        patch_pos = F.interpolate(patch_pos, size=(rows, columns), mode="bicubic", align_corners=self.cfg.align_corners)
+        return torch.cat((cls_pos, patch_pos.flatten(2).transpose(1, 2).to(self.dtype)), dim=1)
