@@ -1,0 +1,582 @@
+"""From files to batches: photos, captions, tokens, and which sample comes when.
+
+A photo set is a list of photos with captions: the built-in shapes world (shapes.py), or an annotation file beside a
+folder of photos (`Annotations`). `Texts` tokenizes, `TrainBatches` makes a `Batch`, `StepSampler` says of what.
+
+Whatever is random about a sample (which caption, crop, flip) is drawn from (seed, its position in the run). So the
+data of step n are the same for any number of processes and workers, and after a resume.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tokenizers import BertWordPieceTokenizer, Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import shapes
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
+
+MAX_PIXELS = 100_000_000  # a photo above this is taken for a mistake or an attack
+Image.MAX_IMAGE_PIXELS = None  # the check is ours, in `open_picture`, with a message of our own
+BROKEN_SHARE = 0.01  # above this share of unreadable photos a run stops
+
+
+class UserError(Exception):
+    """Something the user can mend. Its sentence says what was got, what was expected, what to type."""
+
+
+def say_sentence(main) -> int:
+    """Run a command line; a UserError becomes its sentence and exit status 2, without a traceback."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def read_json(path: Path):
+    """The content of a JSON file, or a sentence about why not."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}): write it again, or name it .jsonl if it has one record a line"
+        ) from None
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A file of any common kind as an upright RGB picture. Raises UserError that names the file and the fix.
+
+    16-bit, grey, CMYK and palette pictures are converted, transparent parts become white, of an animation the first
+    frame is taken, and the camera's rotation flag is obeyed.
+    """
+    try:
+        picture = Image.open(path)
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise UserError(f"{path} has {width} x {height} pixels, expected at most {MAX_PIXELS:,}: resize it first")
+        picture.load()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: check the name, or pass --images with the folder of the photos"
+        ) from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture that Pillow knows: convert it to JPEG or PNG") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is broken or cut short ({error}): copy it again, or take its record out") from None
+    return to_rgb(picture)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any Pillow picture -> RGB, upright, on white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow would clip, not scale
+        return Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """RGB picture -> uint8 (3, H, W); the ViT normalises, on its device."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def eval_transform(picture: Image.Image, size: int) -> Tensor:
+    """Bicubic to size x size, whatever the aspect ratio was (as in the original) -> uint8 (3, size, size)."""
+    return to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def train_transform(picture: Image.Image, size: int, rng: np.random.Generator, flip: bool) -> Tensor:
+    """Paper 3.4: random resized crop (0.5 to 1.0 of the area) and, if `flip`, a horizontal flip half of the time."""
+    box = random_crop(*picture.size, rng)
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if flip and rng.random() < 0.5:
+        picture = ImageOps.mirror(picture)
+    return to_tensor(picture)
+
+
+def random_crop(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of 0.5 to 1.0 of the area with an aspect ratio of 3/4 to 4/3."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.5, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, top, left + w, top + h
+    side_w, side_h = min(width, height * 4 / 3), min(height, width * 4 / 3)  # a very long picture: its middle
+    left, top = (width - side_w) / 2, (height - side_h) / 2
+    return left, top, left + side_w, top + side_h
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def clean_caption(caption: str, max_words: int = 50) -> str:
+    """The original's caption cleaning: lower case, `. ! " ( ) * # : ; ~` to spaces, single spaces, at most 50 words."""
+    caption = re.sub(r'[.!"()*#:;~]', " ", caption.lower())
+    caption = re.sub(r"\s{2,}", " ", caption).strip()
+    return " ".join(caption.split(" ")[:max_words])
+
+
+def says_left_or_right(captions: list[str]) -> bool:
+    """A mirrored photo would make such a caption false."""
+    return any(re.search(r"\b(left|right)", caption.lower()) for caption in captions)
+
+
+class Texts:
+    """BERT's tokenizer with [DEC] behind its vocabulary: captions to ids and back."""
+
+    def __init__(self, folder: str | Path, max_tokens: int = 32):
+        folder = Path(folder)
+        if (folder / "tokenizer.json").exists():
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.txt").exists():
+            self.tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"))._tokenizer
+        else:
+            raise UserError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt in it")
+        self.tokenizer.no_padding()  # some published files have it switched on
+        self.tokenizer.enable_truncation(max_tokens)
+        self.max_tokens = max_tokens
+        self.pad_id, self.cls_id, self.sep_id = (self.tokenizer.token_to_id(t) for t in ("[PAD]", "[CLS]", "[SEP]"))
+        if None in (self.pad_id, self.cls_id, self.sep_id):
+            raise UserError(f"{folder} is not BERT's tokenizer: expected the tokens [PAD], [CLS] and [SEP] in it")
+        self.vocab_size = self.tokenizer.get_vocab_size() + 1  # [DEC], the last id
+
+    def encode(self, captions: list[str]) -> list[list[int]]:
+        """Cleaned and tokenized: [CLS] ... [SEP], at most `max_tokens`."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch([clean_caption(c) for c in captions])]
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids, special tokens skipped, to a string."""
+        return self.tokenizer.decode([token for token in ids if token < self.vocab_size - 1])
+
+    def save(self, folder: Path) -> None:
+        """tokenizer.json, from which `Texts` can be opened again."""
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def pad(ids: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids (B, T) and mask (B, T) bool; T is the longest, rounded up to 8 for the matrix units."""
+    longest = -(-max(map(len, ids)) // 8) * 8
+    padded = torch.full((len(ids), longest), pad_id)
+    for row, tokens in zip(padded, ids, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    return padded, torch.arange(longest) < lengths[:, None]
+
+
+# --- photo sets ------------------------------------------------------------------------------------------------------
+
+
+class Annotations:
+    """An annotation file beside a folder of photos.
+
+    .json:  [{"image": "a.jpg", "caption": "..." or ["...", ...], "image_id": optional}, ...], or Karpathy's
+            {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}, ...]}, ...]}
+    .jsonl: one such record a line
+
+    Photos are looked for in `images`, by default the file's own folder. All records are checked at once; afterwards
+    they are kept as one block of bytes, which the loader's workers share instead of copying.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train", images: str | Path | None = None):
+        self.path, self.folder = Path(path), Path(images or Path(path).parent)
+        lines = [json.dumps(record).encode() for record in self.check(read_records(self.path, split))]
+        self.offsets = np.cumsum([0] + [len(line) for line in lines])
+        self.bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)
+
+    def check(self, records: list[dict]):
+        """Every record as (image, captions, id); UserError with the first bad ones."""
+        problems = []
+        for number, record in enumerate(records):
+            if not isinstance(record, dict) or not isinstance(record.get("image"), str) or "caption" not in record:
+                got = sorted(record) if isinstance(record, dict) else type(record).__name__
+                problems.append(f'record {number} has {got}, expected "image" and "caption"')
+                continue
+            captions = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
+            if not captions or not all(isinstance(caption, str) and clean_caption(caption) for caption in captions):
+                problems.append(f"record {number} ({record['image']}) has an empty caption: write one, or take it out")
+                continue
+            yield record["image"], captions, str(record.get("image_id", record["image"]))
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise UserError(f"{self.path}: {'; '.join(problems[:3])}{more}")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def record(self, index: int) -> tuple[str, list[str], str]:
+        """(image, captions, id) as written in the file."""
+        return json.loads(self.bytes[self.offsets[index] : self.offsets[index + 1]].tobytes())
+
+    def captions(self, index: int) -> list[str]:
+        """The photo's captions, one or several."""
+        return self.record(index)[1]
+
+    def key(self, index: int) -> str:
+        """What makes it this photo: its image_id, else its file name. Equal keys are one photo."""
+        return self.record(index)[2]
+
+    def name(self, index: int) -> str:
+        """The photo's path."""
+        return str(self.folder / self.record(index)[0])
+
+    def picture(self, index: int) -> Image.Image:
+        """The photo, upright, RGB."""
+        return open_picture(self.name(index))
+
+    def fingerprint(self) -> str:
+        """Changes when any photo or their order does."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            path = Path(self.name(index))
+            stat = path.stat() if path.exists() else None
+            digest.update(f"{path.name} {stat and stat.st_size} {stat and stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def read_records(path: Path, split: str) -> list[dict]:
+    """The records of a .json or .jsonl file; of Karpathy's format those of the split."""
+    if not path.exists():
+        raise UserError(f"--data {path} does not exist: expected a .json or .jsonl file, or the word shapes")
+    if path.suffix == ".jsonl":
+        try:
+            with open(path, encoding="utf-8") as file:
+                return [json.loads(line) for line in file if line.strip()]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} has a line that is not JSON ({error}): expected one record a line") from None
+    content = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        wanted = {"train", "restval"} if split == "train" else {split}  # restval: COCO's, by custom for training
+        images = content["images"]
+        if all(isinstance(image, dict) and "sentences" in image for image in images):
+            return [
+                {
+                    "image": os.path.join(image.get("filepath", ""), image["filename"]),
+                    "caption": [sentence["raw"] for sentence in image["sentences"]],
+                    "image_id": image.get("cocoid", image.get("imgid", image["filename"])),
+                }
+                for image in images
+                if image.get("split", split) in wanted
+            ]
+    if isinstance(content, list) and content:
+        return content
+    got = f"an object with {sorted(content)[:5]}" if isinstance(content, dict) else f"a {type(content).__name__}"
+    raise UserError(
+        f'{path} holds {got if content else "nothing"}, expected a list of {{"image": ..., "caption": ...}}, '
+        'or Karpathy\'s {"images": [{"filename", "split", "sentences"}]}'
+    )
+
+
+class Shapes(shapes.ShapesWorld):
+    """The shapes world as a photo set."""
+
+    def key(self, index: int) -> str:
+        """Every picture is a photo of its own."""
+        return str(index)
+
+    def name(self, index: int) -> str:
+        """For messages."""
+        return f"shapes {self.split} {index}"
+
+    def fingerprint(self) -> str:
+        """Changes with the code that draws."""
+        return hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest() + f" {self.split} {self.size}"
+
+
+class Mixture:
+    """Several photo sets in a row, or some photos of one."""
+
+    def __init__(self, parts: list, chosen: np.ndarray | None = None, cached: "CachedTokens | None" = None):
+        self.parts = parts
+        self.cached = cached  # the frozen ViT's tokens of all photos of the parts, if they have been computed
+        self.starts = np.cumsum([0] + [len(part) for part in parts])
+        self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def find(self, index: int) -> tuple[int, int]:
+        """(which part, index in that part)."""
+        row = self.chosen[index]
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return part, int(row - self.starts[part])
+
+    def captions(self, index: int) -> list[str]:
+        """The photo's captions."""
+        part, row = self.find(index)
+        return self.parts[part].captions(row)
+
+    def picture(self, index: int) -> Image.Image:
+        """The photo."""
+        part, row = self.find(index)
+        return self.parts[part].picture(row)
+
+    def name(self, index: int) -> str:
+        """The photo's path."""
+        part, row = self.find(index)
+        return self.parts[part].name(row)
+
+    def image_id(self, index: int) -> int:
+        """A stable int64 of the photo: the number of its set and a hash of its key there."""
+        part, row = self.find(index)
+        digest = hashlib.sha256(self.parts[part].key(row).encode()).digest()
+        return part << 48 | int.from_bytes(digest[:6], "big")
+
+    def tokens(self, rows: list[int]) -> Tensor:
+        """Cached ViT tokens (n, P, V) of some photos. Raises UserError for a photo that could not be read."""
+        rows = self.chosen[rows].tolist()
+        for row in rows:
+            if row in self.cached.broken:
+                raise UserError(self.cached.broken[row])
+        return torch.from_numpy(self.cached.tokens[rows])
+
+    def fingerprint(self) -> str:
+        """Changes when any photo, or their order, does."""
+        parts = " ".join(part.fingerprint() for part in self.parts)
+        return hashlib.sha256(parts.encode() + self.chosen.tobytes()).hexdigest()
+
+    def held_out(self, photos: int) -> tuple["Mixture", "Mixture"]:
+        """(the rest, `photos` photos): the same choice always, and no photo on both sides."""
+        ids = np.array([self.image_id(index) for index in range(len(self))])
+        unique = np.unique(ids)
+        if photos >= len(unique):
+            raise UserError(
+                f"--val-photos {photos} of {len(unique)} photos leaves none to train on: pass a smaller number"
+            )
+        out = np.isin(ids, np.random.default_rng(0).choice(unique, photos, replace=False))
+        return Mixture(self.parts, self.chosen[~out], self.cached), Mixture(self.parts, self.chosen[out], self.cached)
+
+
+def open_photos(specs: list[str], split: str, image_size: int, images: str | None = None) -> Mixture:
+    """What `--data` names: "shapes" or annotation files, several are mixed."""
+    return Mixture(
+        [Shapes(split, image_size) if spec == "shapes" else Annotations(spec, split, images) for spec in specs]
+    )
+
+
+class CachedTokens:
+    """A memory-mapped fp16 file of the frozen ViT's tokens, a row a photo, and which photos could not be read."""
+
+    def __init__(self, path: Path):
+        self.tokens = np.load(path, mmap_mode="r")  # (photos, P, V)
+        self.broken = {int(row): reason for row, reason in read_json(path.with_suffix(".json")).items()}
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one process. Either `images` or, from the cache, `image_tokens` is there."""
+
+    text_ids: Tensor  # (B, T)
+    text_mask: Tensor  # (B, T) bool, True = real token
+    label_rows: Tensor  # (n,) those b * T + t after which there is a next word: where ITG reads logits
+    image_ids: Tensor  # (B,) int64, equal where the photo is the same
+    images: Tensor | None = None  # (B, 3, H, W) uint8
+    image_tokens: Tensor | None = None  # (B, P, V) fp16
+    broken: list[tuple[str, str]] = field(default_factory=list)  # photos that could not be read, and why
+    truncated: int = 0  # texts that were longer than the limit
+
+    def __len__(self) -> int:
+        return len(self.text_ids)
+
+    def map(self, function) -> "Batch":
+        """The same with `function` applied to its tensors."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+
+    def to(self, device) -> "Batch":
+        """On the device; without waiting if pinned."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by the loader."""
+        return self.map(Tensor.pin_memory)
+
+
+def make_batch(ids: list[list[int]], pad_id: int, image_ids: list[int], **rest) -> Batch:
+    """Tokens and photo ids -> Batch, padded, with the positions that ITG predicts from."""
+    text_ids, text_mask = pad(ids, pad_id)
+    has_next = torch.zeros_like(text_mask)
+    has_next[:, :-1] = text_mask[:, 1:]
+    return Batch(text_ids, text_mask, has_next.flatten().nonzero().squeeze(1), torch.tensor(image_ids), **rest)
+
+
+def sample_rng(seed: int, position: int) -> np.random.Generator:
+    """The randomness of one sample; its first draw chooses the caption."""
+    return np.random.default_rng([seed, position])
+
+
+def choose_caption(captions: list[str], rng: np.random.Generator) -> str:
+    """Paper 3.4: "randomly sample one at each pre-training step"."""
+    return captions[rng.integers(len(captions))]
+
+
+class TrainBatches(Dataset):
+    """(position, index) pairs of a step -> its Batch. A photo that cannot be read is replaced by the next that can."""
+
+    def __init__(self, photos: Mixture, texts: Texts, image_size: int, seed: int):
+        self.photos, self.texts, self.image_size, self.seed = photos, texts, image_size, seed
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitems__(self, samples: list[tuple[int, int]]) -> Batch:
+        found = [self.sample(position, index) for position, index in samples]
+        captions, rows, views, broken = zip(*found, strict=True)
+        ids, views = self.texts.encode(captions), torch.stack(views)
+        return make_batch(
+            ids,
+            self.texts.pad_id,
+            [self.photos.image_id(row) for row in rows],
+            **{"image_tokens" if self.photos.cached else "images": views},
+            broken=[photo for photos in broken for photo in photos],
+            truncated=sum(len(tokens) == self.texts.max_tokens for tokens in ids),
+        )
+
+    def sample(self, position: int, index: int) -> tuple[str, int, Tensor, list[tuple[str, str]]]:
+        """(caption, row, picture or its cached tokens, photos that could not be read on the way)."""
+        broken = []
+        for attempt in range(len(self.photos)):
+            row = (index + attempt) % len(self.photos)
+            rng = sample_rng(self.seed, position)
+            captions = self.photos.captions(row)
+            caption = choose_caption(captions, rng)
+            try:
+                if self.photos.cached:
+                    return caption, row, self.photos.tokens([row])[0], broken
+                picture, flip = self.photos.picture(row), not says_left_or_right(captions)
+                return caption, row, train_transform(picture, self.image_size, rng, flip), broken
+            except UserError as error:
+                broken.append((self.photos.name(row), str(error)))
+        raise UserError(f"none of the {len(self.photos)} photos can be read; the last: {broken[-1][1]}")
+
+
+class EvalPictures(Dataset):
+    """Rows of a photo set -> (the readable rows, {row: why not} of the others, uint8 pictures (n, 3, size, size))."""
+
+    def __init__(self, photos: Mixture, image_size: int):
+        self.photos, self.image_size = photos, image_size
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitems__(self, rows: list[int]) -> tuple[list[int], dict[int, str], Tensor]:
+        readable, broken, pictures = [], {}, []
+        for row in rows:
+            try:
+                pictures.append(eval_transform(self.photos.picture(row), self.image_size))
+                readable.append(row)
+            except UserError as error:
+                broken[row] = str(error)
+        return readable, broken, torch.stack(pictures) if pictures else torch.empty(0)
+
+
+class StepSampler(Sampler):
+    """Which samples a process sees, step after step, micro-batch after micro-batch; it can start at any step.
+
+    Each epoch is a new permutation of the photos, cut into global batches; the tail is dropped. The captions of a
+    global batch are of similar length (among those of WINDOW batches), so that almost no padding is computed: on
+    Flickr8k 16 tokens a text instead of 32. The order of the global batches is random again.
+    """
+
+    WINDOW = 16
+
+    def __init__(
+        self, photos: Mixture, seed: int, batch: int, accumulate: int, steps: int, start: int, rank: int, world: int
+    ):
+        self.photos, self.seed, self.steps, self.start = photos, seed, steps, start
+        self.batch, self.accumulate, self.rank, self.world = batch, accumulate, rank, world
+        self.global_batch = batch * accumulate * world
+        self.per_epoch = len(photos) // self.global_batch
+        if self.per_epoch == 0:
+            raise UserError(
+                f"{len(photos)} photos are fewer than one step's {self.global_batch} "
+                f"({batch} x {accumulate} accumulated x {world} processes): pass a smaller --batch"
+            )
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self):
+        step = self.start
+        while step < self.steps:
+            epoch, number = divmod(step, self.per_epoch)
+            window, first = divmod(number, self.WINDOW)
+            for samples in self.window(epoch, window)[first:]:
+                if step == self.steps:
+                    return
+                for part in range(self.accumulate):  # this process's rows of each micro-batch
+                    begin = (part * self.world + self.rank) * self.batch
+                    yield samples[begin : begin + self.batch]
+                step += 1
+
+    def window(self, epoch: int, window: int) -> list[list[tuple[int, int]]]:
+        """The global batches of one window, in order, each of (position, index) pairs."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.photos))[: self.per_epoch * self.global_batch]
+        size = self.WINDOW * self.global_batch
+        chosen = order[window * size : (window + 1) * size]
+        first = epoch * len(self.photos) + window * size
+        samples = [(first + place, int(index)) for place, index in enumerate(chosen)]
+        samples.sort(key=self.caption_length)
+        batches = [samples[i : i + self.global_batch] for i in range(0, len(samples), self.global_batch)]
+        rng = np.random.default_rng([self.seed, epoch, window])
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def caption_length(self, sample: tuple[int, int]) -> int:
+        """Words of the caption that the sample will show."""
+        position, index = sample
+        return len(choose_caption(self.photos.captions(index), sample_rng(self.seed, position)).split())
+
+
+def as_it_is(batch):
+    """The loaders' collate: the data sets have made the batch already."""
+    return batch
+
+
+def train_loader(batches: TrainBatches, sampler: StepSampler, workers: int, pin: bool) -> DataLoader:
+    """Batches, made by worker processes ahead of time."""
+    return DataLoader(
+        batches,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def picture_loader(photos: Mixture, image_size: int, rows, workers: int = 0, batch_size: int = 64) -> DataLoader:
+    """`EvalPictures` of some rows, in order."""
+    batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return DataLoader(
+        EvalPictures(photos, image_size), batch_sampler=batches, num_workers=max(0, workers), collate_fn=as_it_is
+    )

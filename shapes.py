@@ -1,0 +1,279 @@
+"""The shapes world: pictures drawn by Pillow, their captions, and questions with answers. No download, endless.
+
+A picture shows 1 to 3 objects in the cells of a 3 x 3 grid. An object has a size, a colour and a shape. One object
+is told with its place, two by their relation (they share a row or a column), three with their places. Picture number
+i of a split is the same on every machine.
+
+What keeps it honest: some colour-shape pairs and some wordings occur in the test split only, never in training, nor
+in the text and pictures that the tiny encoders were made from (assets/make_tiny.py). Scenes of the test and
+validation splits never occur in training. The captions of a test or validation split all mean different things.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (42, 157, 70),
+    "blue": (45, 85, 225),
+    "yellow": (246, 211, 45),
+    "purple": (142, 58, 184),
+    "orange": (245, 133, 25),
+    "black": (25, 25, 25),
+    "white": (252, 252, 252),
+}
+SIZES = {"small": 0.42, "large": 0.9}  # radius, as a share of half a cell
+PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "center", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+HELD_OUT_PAIRS = {
+    ("red", "star"),
+    ("green", "circle"),
+    ("blue", "triangle"),
+    ("yellow", "cross"),
+    ("purple", "square"),
+    ("orange", "diamond"),
+}
+
+# {a}, {b}, {c} are objects, {at_a} ... their places, {rel} the relation of a to b and {inv} that of b to a.
+WORDINGS = {
+    1: ("{a} at the {at_a}", "there is {a} at the {at_a}", "at the {at_a} there is {a}"),
+    2: ("{a} {rel} {b}", "{b} {inv} {a}", "there is {a} {rel} {b}", "a picture of {b} {inv} {a}"),
+    3: (
+        "{a} at the {at_a}, {b} at the {at_b} and {c} at the {at_c}",
+        "at the {at_b} there is {b}, at the {at_c} {c} and at the {at_a} {a}",
+        "three shapes: {c} at the {at_c}, {a} at the {at_a}, {b} at the {at_b}",
+    ),
+}
+HELD_OUT_WORDINGS = {
+    1: ("a picture with {a} at the {at_a}",),
+    2: ("{rel} {b} there is {a}",),
+    3: ("a picture of {b} at the {at_b}, {c} at the {at_c}, {a} at the {at_a}",),
+}
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+SPLITS = {"train": 50_000, "val": 500, "test": 1_000}
+# The test split, in this order: what it holds, how many pictures.
+TEST_SUBSETS = {"plain": 500, "held-out pairs": 200, "swapped": 200, "held-out wordings": 100}
+
+
+@dataclass(frozen=True, order=True)
+class Thing:
+    """One object: its attributes and its cell."""
+
+    size: str
+    color: str
+    shape: str
+    row: int
+    column: int
+
+    @property
+    def words(self) -> str:
+        """ "a small red circle"."""
+        return f"a {self.size} {self.color} {self.shape}"
+
+    @property
+    def place(self) -> str:
+        """ "top left"."""
+        return PLACES[self.row][self.column]
+
+    def moved(self, row: int, column: int) -> "Thing":
+        """The same object in another cell."""
+        return Thing(self.size, self.color, self.shape, row, column)
+
+
+Scene = tuple[Thing, ...]
+
+
+def relation(a: Thing, b: Thing) -> str:
+    """Where a is, seen from b; they share a row or a column."""
+    if a.row == b.row:
+        return "left of" if a.column < b.column else "right of"
+    return "above" if a.row < b.row else "below"
+
+
+def meaning(scene: Scene) -> tuple:
+    """What the captions of the scene tell; two scenes with one meaning could not be told apart by any caption."""
+    if len(scene) == 2:
+        first, second = sorted(scene, key=lambda thing: (thing.words, thing.row, thing.column))
+        return (first.words, relation(first, second), second.words)
+    return tuple(sorted((thing.words, thing.place) for thing in scene))
+
+
+def split_of(scene: Scene) -> str:
+    """Train, val or test: decided by what is in the scene, not by how it is arranged.
+
+    So no scene is in two splits, nor is one that differs by a swap of places or colours.
+    """
+    parts = sorted((thing.size, thing.shape) for thing in scene), sorted(thing.color for thing in scene)
+    where = scene[0].row == scene[1].row if len(scene) == 2 else sorted(thing.place for thing in scene)
+    share = hashlib.sha256(repr((parts, where)).encode()).digest()[0] % 20
+    return {0: "val", 1: "test", 2: "test"}.get(share, "train")
+
+
+def has_held_out_pair(scene: Scene) -> bool:
+    """Does it show a colour-shape pair that training never shows?"""
+    return any((thing.color, thing.shape) in HELD_OUT_PAIRS for thing in scene)
+
+
+def draw_scene(rng: random.Random, held_out: bool = False, count: int | None = None) -> Scene:
+    """A scene of any split. held_out: with at least one held-out pair; otherwise without any."""
+    while True:
+        n = count or rng.choice((1, 2, 2, 3))
+        cells = [(row, column) for row in range(3) for column in range(3)]
+        if n == 2:  # in line, so that there is one relation to tell
+            a = rng.choice(cells)
+            b = rng.choice([cell for cell in cells if cell != a and (cell[0] == a[0] or cell[1] == a[1])])
+            cells = [a, b]
+        else:
+            cells = rng.sample(cells, n)
+        scene = tuple(
+            Thing(rng.choice(tuple(SIZES)), rng.choice(tuple(COLORS)), rng.choice(SHAPES), *cell) for cell in cells
+        )
+        distinct = len({(thing.size, thing.color, thing.shape) for thing in scene}) == n
+        if has_held_out_pair(scene) == held_out and distinct:
+            return scene
+
+
+def swapped(scene: Scene, rng: random.Random) -> Scene:
+    """Another meaning in almost the same words: the two objects change places, or colours."""
+    a, b = scene
+    if rng.random() < 0.5 or a.color == b.color:
+        return (a.moved(b.row, b.column), b.moved(a.row, a.column))
+    return (
+        Thing(a.size, b.color, a.shape, a.row, a.column),
+        Thing(b.size, a.color, b.shape, b.row, b.column),
+    )
+
+
+def captions(scene: Scene, held_out: bool = False) -> list[str]:
+    """The scene in every wording of training, or in the held-out ones."""
+    parts = {}
+    for letter, thing in zip("abc", scene):
+        parts |= {letter: thing.words, f"at_{letter}": thing.place}
+    if len(scene) == 2:
+        parts |= {"rel": relation(*scene), "inv": relation(*scene[::-1])}
+    wordings = (HELD_OUT_WORDINGS if held_out else WORDINGS)[len(scene)]
+    return [wording.format(**parts) for wording in wordings]
+
+
+def questions(scene: Scene) -> list[tuple[str, str]]:
+    """Questions about the scene that have one answer."""
+    pairs = [("how many shapes are there?", ("one", "two", "three")[len(scene) - 1])]
+    for thing in scene:
+        if sum(other.shape == thing.shape for other in scene) == 1:
+            pairs += [
+                (f"what color is the {thing.shape}?", thing.color),
+                (f"is the {thing.shape} small or large?", thing.size),
+                (f"where is the {thing.shape}?", thing.place),
+            ]
+        if sum(other.color == thing.color for other in scene) == 1:
+            pairs.append((f"what shape is {thing.color}?", thing.shape))
+    if len(scene) == 2:
+        for a, b in (scene, scene[::-1]):
+            pairs.append((f"what is {RELATIONS[relation(a, b)]} {a.words}?".replace(" a ", " the "), b.words))
+            pairs.append((f"is {a.words} {relation(a, b)} {b.words}?".replace(" a ", " the "), "yes"))
+            pairs.append((f"is {a.words} {relation(b, a)} {b.words}?".replace(" a ", " the "), "no"))
+    return pairs
+
+
+def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
+    """The picture, size x size RGB: on a plain light grey, each object a little off its cell's centre."""
+    scale = 2  # drawn larger and reduced, for smooth edges
+    cell = size * scale / 3
+    picture = Image.new("RGB", (size * scale, size * scale), (rng.randint(150, 205),) * 3)
+    canvas = ImageDraw.Draw(picture)
+    for thing in scene:
+        radius = SIZES[thing.size] * cell / 2 * rng.uniform(0.9, 1.05)
+        x = (thing.column + 0.5) * cell + rng.uniform(-0.05, 0.05) * cell
+        y = (thing.row + 0.5) * cell + rng.uniform(-0.05, 0.05) * cell
+        color = tuple(max(0, min(255, channel + rng.randint(-12, 12))) for channel in COLORS[thing.color])
+        if thing.shape == "circle":
+            canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+        else:
+            canvas.polygon([(x + radius * dx, y + radius * dy) for dx, dy in OUTLINES[thing.shape]], fill=color)
+    return picture.reduce(scale)
+
+
+# Corners of the shapes in a circle of radius 1, y downwards.
+OUTLINES = {
+    "square": ((-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)),
+    "triangle": ((0, -1), (0.95, 0.8), (-0.95, 0.8)),
+    "diamond": ((0, -1), (0.7, 0), (0, 1), (-0.7, 0)),
+    "star": (
+        *((0, -1), (0.26, -0.36), (0.95, -0.31), (0.42, 0.14), (0.59, 0.81)),
+        *((0, 0.44), (-0.59, 0.81), (-0.42, 0.14), (-0.95, -0.31), (-0.26, -0.36)),
+    ),
+    "cross": (
+        *((-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3)),
+        *((0.3, 0.95), (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3)),
+    ),
+}
+
+
+class ShapesWorld:
+    """One split: pictures with captions and questions, by number."""
+
+    def __init__(self, split: str = "train", size: int = 64):
+        if split not in SPLITS:
+            raise ValueError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
+        self.split, self.size = split, size
+        self.subsets = []  # of each test picture, the name of its subset
+        self.scenes = None if split == "train" else self.distinct_scenes()
+
+    def __len__(self) -> int:
+        return SPLITS[self.split]
+
+    def rng(self, index: int, purpose: str) -> random.Random:
+        """Randomness of one picture for one purpose."""
+        return random.Random(f"{self.split} {index} {purpose}")
+
+    def scene(self, index: int) -> Scene:
+        """What picture number `index` shows."""
+        if self.scenes is not None:
+            return self.scenes[index]
+        rng = self.rng(index, "scene")
+        while split_of(scene := draw_scene(rng)) != self.split:
+            pass
+        return scene
+
+    def distinct_scenes(self) -> list[Scene]:
+        """All scenes of a small split, of different meanings; fills `subsets` on the way."""
+        rng, seen, scenes = self.rng(0, "scenes"), set(), []
+        plan = TEST_SUBSETS if self.split == "test" else {"plain": len(self)}
+        for subset, count in plan.items():
+            while sum(name == subset for name in self.subsets) < count:
+                scene = draw_scene(rng, held_out=subset == "held-out pairs", count=2 if subset == "swapped" else None)
+                group = [scene]
+                if subset == "swapped":
+                    group.append(swapped(scene, rng))
+                keys = {meaning(member) for member in group}
+                fits = all(split_of(member) == self.split for member in group)
+                fits &= subset != "swapped" or not any(has_held_out_pair(member) for member in group)
+                if fits and len(keys) == len(group) and not keys & seen:
+                    seen |= keys
+                    scenes += group
+                    self.subsets += [subset] * len(group)
+        return scenes
+
+    def captions(self, index: int) -> list[str]:
+        """In training all wordings, one of which is drawn; elsewhere the one caption of the picture."""
+        scene = self.scene(index)
+        if self.split == "train":
+            return captions(scene)
+        held_out = bool(self.subsets) and self.subsets[index] == "held-out wordings"
+        return [self.rng(index, "wording").choice(captions(scene, held_out))]
+
+    def questions(self, index: int) -> list[tuple[str, str]]:
+        """Question-answer pairs about the picture."""
+        return questions(self.scene(index))
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture itself."""
+        return draw(self.scene(index), self.rng(index, "picture"), self.size)

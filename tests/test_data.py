@@ -1,0 +1,341 @@
+"""From files to batches: what comes in is checked, what comes out does not depend on processes, workers or order."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import (
+    Annotations,
+    Mixture,
+    StepSampler,
+    Texts,
+    TrainBatches,
+    clean_caption,
+    eval_transform,
+    make_batch,
+    open_photos,
+    open_picture,
+    pad,
+    random_crop,
+    says_left_or_right,
+    train_loader,
+    train_transform,
+)
+
+BERT = "assets/tiny/bert"
+
+
+def write_photos(folder, count=6, size=(40, 30), captions=None, **first):
+    """A small annotated folder; photo i is all of grey level 10 * i."""
+    records = []
+    for i in range(count):
+        Image.new("RGB", size, (10 * i,) * 3).save(folder / f"{i}.png")
+        records.append({"image": f"{i}.png", "caption": captions[i] if captions else f"a red circle {'very ' * i}big"})
+    records[0] |= first
+    (folder / "a.json").write_text(json.dumps(records))
+    return folder / "a.json"
+
+
+# --- text
+
+
+@pytest.mark.parametrize(
+    "raw, clean",
+    [
+        ("A dog.", "a dog"),
+        ('Two "dogs" (big); one*small!', "two dogs big one small"),
+        ("Hello:  world~#\n", "hello world"),
+        ("don't stop, well-known? and/or", "don't stop, well-known? and/or"),
+        (" ".join(["word"] * 60), " ".join(["word"] * 50)),
+        ("...", ""),
+    ],
+)
+def test_caption_cleaning_is_the_originals(raw, clean):
+    """FACTS.md 6.3."""
+    assert clean_caption(raw) == clean
+
+
+def test_texts_start_with_cls_end_with_sep_and_are_cut_at_the_limit():
+    texts = Texts(BERT, max_tokens=6)
+    short, long = texts.encode(["A red circle.", "a red circle left of a blue square"])
+    assert short[0] == long[0] == texts.cls_id and short[-1] == long[-1] == texts.sep_id
+    assert len(short) == 5 and len(long) == 6
+    assert texts.decode(short) == "a red circle"
+    assert texts.vocab_size - 1 not in short + long  # [DEC] is ours to place
+
+
+def test_bundled_padding_and_truncation_are_switched_off(tmp_path):
+    """all-MiniLM-L6-v2's tokenizer.json pads to 128 and cuts at 128."""
+    texts = Texts(BERT)
+    texts.tokenizer.enable_padding(length=50)
+    texts.tokenizer.enable_truncation(4)
+    texts.save(tmp_path)
+    assert len(Texts(tmp_path).encode(["a red circle left of a blue square"])[0]) == 10
+
+
+def test_vocab_txt_will_do(tmp_path):
+    words = json.loads(open(f"{BERT}/tokenizer.json").read())["model"]["vocab"]
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)))
+    captions = ["A red circle, left of a blue square.", "a zebra"]
+    assert Texts(tmp_path).encode(captions) == Texts(BERT).encode(captions)
+
+
+def test_padding_by_hand():
+    ids, mask = pad([[2, 5, 3], [2, 3]], pad_id=0)
+    assert ids.shape == (2, 8) and ids[1].tolist() == [2, 3, 0, 0, 0, 0, 0, 0]  # up to a multiple of 8
+    assert mask.sum(dim=1).tolist() == [3, 2]
+    batch = make_batch([[2, 5, 3], [2, 3]], 0, [7, 8])
+    assert batch.label_rows.tolist() == [0, 1, 8]  # b * T + t of each token that has a next one
+
+
+# --- pictures
+
+
+def test_pictures_of_every_kind_become_rgb(tmp_path):
+    red = (200, 30, 40)
+    Image.new("RGB", (4, 4), red).save(tmp_path / "rgb.png")
+    Image.new("RGB", (4, 4), red).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    Image.new("RGB", (4, 4), red).quantize(4).save(tmp_path / "palette.png")
+    Image.new("L", (4, 4), 128).save(tmp_path / "grey.png")
+    Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "16bit.png")
+    frames = [Image.new("RGB", (4, 4), color) for color in (red, (0, 0, 255))]
+    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    clear.save(tmp_path / "transparent.png")
+    expected = {"16bit.png": (128,) * 3, "grey.png": (128,) * 3, "transparent.png": (255,) * 3}
+    for path in tmp_path.iterdir():
+        picture = open_picture(path)
+        assert picture.mode == "RGB" and picture.size == (4, 4)
+        assert np.abs(np.array(picture.getpixel((1, 1))) - expected.get(path.name, red)).max() <= 3, path.name
+
+
+def test_the_cameras_rotation_is_obeyed(tmp_path):
+    picture = Image.new("RGB", (8, 4))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def test_evaluation_squeezes_the_whole_picture_into_the_square():
+    wide = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 50, axis=0).repeat(3, axis=2))
+    pixels = eval_transform(wide, 20)
+    assert pixels.shape == (3, 20, 20) and pixels.dtype == torch.uint8
+    assert pixels[0, 0, 0] < 12 and pixels[0, 0, -1] > 188  # both ends are there
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (400, 20), (20, 20)])
+def test_crops_have_half_to_all_of_the_area_and_a_sane_shape(size):
+    for seed in range(50):
+        left, top, right, bottom = random_crop(*size, np.random.default_rng(seed))
+        assert 0 <= left < right <= size[0] + 1e-6 and 0 <= top < bottom <= size[1] + 1e-6
+        assert 3 / 4 - 1e-6 <= (right - left) / (bottom - top) <= 4 / 3 + 1e-6
+        if size != (400, 20):  # too long for any: the middle
+            assert 0.5 - 1e-6 <= (right - left) * (bottom - top) / (size[0] * size[1]) <= 1
+
+
+def test_half_of_the_pictures_are_mirrored_where_that_is_allowed():
+    ramp = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, axis=0).repeat(3, axis=2))
+    falling = {
+        flip: sum(
+            int(view[0, 0, 0]) > int(view[0, 0, -1])
+            for view in (train_transform(ramp, 16, np.random.default_rng(seed), flip) for seed in range(200))
+        )
+        for flip in (True, False)
+    }
+    assert falling[False] == 0 and 70 < falling[True] < 130
+
+
+@pytest.mark.parametrize(
+    "captions, expected",
+    [
+        (["a dog on the left"], True),
+        (["a dog", "Right of the tree"], True),
+        (["the leftmost boy"], True),
+        (["a bright upright copyright"], False),
+        (["a dog"], False),
+    ],
+)
+def test_captions_that_a_mirror_would_falsify(captions, expected):
+    assert says_left_or_right(captions) == expected
+
+
+def test_a_photo_with_left_in_any_caption_is_never_mirrored(tmp_path):
+    ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, axis=0).repeat(3, axis=2)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    for captions, mirrored in ((["a ramp", "dark on the left"], False), (["a ramp"], True)):
+        (tmp_path / "a.json").write_text(json.dumps([{"image": "ramp.png", "caption": captions}]))
+        batches = TrainBatches(open_photos([str(tmp_path / "a.json")], "train", 16), Texts(BERT), 16, seed=0)
+        images = batches.__getitems__([(position, 0) for position in range(40)]).images.int()
+        assert bool((images[:, 0, 0, 0] > images[:, 0, 0, -1]).any()) == mirrored
+
+
+# --- annotation files
+
+
+def test_formats_of_annotations(tmp_path):
+    write_photos(tmp_path)
+    photos = Annotations(tmp_path / "a.json")
+    assert (
+        len(photos) == 6
+        and photos.captions(1) == ["a red circle very big"]
+        and photos.picture(2).getpixel((0, 0)) == (20,) * 3
+    )
+
+    lines = [{"image": "0.png", "caption": ["one", "two"], "image_id": 9}, {"image": "1.png", "caption": "three"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    photos = Annotations(tmp_path / "b.jsonl")
+    assert photos.captions(0) == ["one", "two"] and photos.key(0) == "9" and photos.key(1) == "1.png"
+
+    karpathy = {
+        "images": [
+            {
+                "filename": f"{i}.png",
+                "filepath": "",
+                "split": split,
+                "sentences": [{"raw": "A"}, {"raw": "B"}],
+                "cocoid": i,
+            }
+            for i, split in enumerate(["train", "restval", "val", "test", "train"])
+        ]
+    }
+    (tmp_path / "k.json").write_text(json.dumps(karpathy))
+    assert [len(Annotations(tmp_path / "k.json", split)) for split in ("train", "val", "test")] == [3, 1, 1]
+    assert Annotations(tmp_path / "k.json", "val").captions(0) == ["A", "B"]
+
+
+def test_photos_may_live_elsewhere(tmp_path):
+    (tmp_path / "photos").mkdir()
+    path = write_photos(tmp_path / "photos").rename(tmp_path / "a.json")
+    assert Annotations(path, images=tmp_path / "photos").picture(1).size == (40, 30)
+
+
+def test_image_ids_are_of_the_photo_and_its_set(tmp_path):
+    """Records of one photo share an id; the same name in another set is another photo; ids never change."""
+    records = [{"image": "x.jpg", "caption": c} for c in "ab"] + [{"image": "y.jpg", "caption": "c", "image_id": 5}]
+    for name in ("one.json", "two.json"):
+        (tmp_path / name).write_text(json.dumps(records))
+    photos = open_photos([str(tmp_path / "one.json"), str(tmp_path / "two.json")], "train", 16)
+    ids = [photos.image_id(i) for i in range(6)]
+    assert ids[0] == ids[1] and len(set(ids)) == 4
+    assert ids[0] == 52117384361165 and torch.tensor(ids).dtype == torch.int64
+
+
+def test_held_out_photos_are_the_same_always_and_on_one_side_only(tmp_path):
+    records = [{"image": f"{i // 2}.jpg", "caption": "a"} for i in range(20)]  # two records a photo
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    photos = open_photos([str(tmp_path / "a.json")], "train", 16)
+    rest, out = photos.held_out(3)
+    assert len(rest) == 14 and len(out) == 6
+    assert not {rest.image_id(i) for i in range(14)} & {out.image_id(i) for i in range(6)}
+    assert (photos.held_out(3)[1].chosen == out.chosen).all()
+
+
+# --- what comes when
+
+
+def steps_of(sampler):
+    return [tuple(samples) for samples in sampler]
+
+
+def sampler(photos, batch=4, accumulate=1, steps=20, start=0, rank=0, world=1, seed=0):
+    return StepSampler(photos, seed, batch, accumulate, steps, start, rank, world)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    captions = ["a " + "very " * (i % 7) + "red circle" for i in range(43)]
+    return open_photos([str(write_photos(tmp_path, 43, (8, 8), captions))], "train", 8)
+
+
+def test_an_epoch_shows_each_photo_once_but_for_the_tail(photos):
+    s = sampler(photos)
+    assert s.per_epoch == 10
+    for epoch in range(2):
+        seen = [index for samples in steps_of(s)[10 * epoch : 10 * epoch + 10] for _, index in samples]
+        assert len(seen) == len(set(seen)) == 40
+    positions = [position for samples in steps_of(s) for position, _ in samples]
+    assert len(set(positions)) == 80
+    assert steps_of(s) != steps_of(sampler(photos, seed=1))
+
+
+@pytest.mark.parametrize("start", [1, 7, 10, 13])
+def test_a_resumed_sampler_goes_on_where_the_other_stopped(photos, start):
+    assert steps_of(sampler(photos, start=start)) == steps_of(sampler(photos))[start:]
+
+
+@pytest.mark.parametrize("world, accumulate", [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_processes_and_micro_batches_share_the_steps_of_one(photos, world, accumulate):
+    whole = steps_of(sampler(photos, batch=8))
+    size = 8 // world // accumulate
+    parts = [steps_of(sampler(photos, size, accumulate, rank=rank, world=world)) for rank in range(world)]
+    for step, samples in enumerate(whole):
+        joined = [
+            sample
+            for micro in range(accumulate)
+            for rank in range(world)
+            for sample in parts[rank][step * accumulate + micro]
+        ]
+        assert tuple(joined) == samples
+
+
+def test_captions_of_a_step_are_of_similar_length(photos):
+    """So that little padding is computed; the steps themselves come in no order of length."""
+    s = sampler(photos, steps=10)
+    lengths = [[len(photos.captions(index)[0].split()) for _, index in samples] for samples in s]
+    assert np.mean([max(step) - min(step) for step in lengths]) < 1
+    assert sorted(map(max, lengths)) != list(map(max, lengths))
+
+
+def test_the_data_do_not_depend_on_workers(photos):
+    def batches(workers):
+        return list(
+            train_loader(TrainBatches(photos, Texts(BERT), 8, seed=0), sampler(photos, steps=3), workers, pin=False)
+        )
+
+    for alone, helped in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(alone.images, helped.images) and torch.equal(alone.text_ids, helped.text_ids)
+        assert torch.equal(alone.image_ids, helped.image_ids)
+
+
+def test_one_of_several_captions_is_drawn_at_each_step():
+    photos = open_photos(["shapes"], "train", 64)
+    batches = TrainBatches(photos, Texts(BERT), 64, seed=0)
+    ids = {tuple(batches.__getitems__([(position, 3)]).text_ids[0].tolist()) for position in range(40)}
+    assert len(ids) == len(photos.captions(3)) > 1
+
+
+def test_mixed_sets_all_take_part(tmp_path, photos):
+    both = Mixture([photos.parts[0], open_photos(["shapes"], "val", 8).parts[0]])
+    assert len(both) == 43 + 500
+    batch = TrainBatches(both, Texts(BERT), 8, seed=0).__getitems__([(0, 42), (1, 43)])
+    assert (batch.image_ids >> 48).tolist() == [0, 1]
+
+
+def test_unreadable_photos_are_named_skipped_and_replaced(tmp_path):
+    path = write_photos(tmp_path)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:40])
+    batches = TrainBatches(open_photos([str(path)], "train", 8), Texts(BERT), 8, seed=0)
+    batch = batches.__getitems__([(0, 0), (1, 1)])
+    assert [name.rsplit("/", 1)[1] for name, _ in batch.broken] == ["1.png", "2.png"]
+    assert "does not exist" in batch.broken[0][1] and "broken or cut short" in batch.broken[1][1]
+    assert len(batch) == 2 and batch.images[1].float().mean() == 30  # photo 3 stands in
+
+
+def test_records_are_one_block_of_bytes():
+    """Forked workers share it: no list of a million dictionaries that each of them would copy."""
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "many.jsonl"
+        path.write_text("\n".join(json.dumps({"image": f"{i}.jpg", "caption": "a dog"}) for i in range(1000)))
+        photos = Annotations(path)
+    assert photos.captions(999) == ["a dog"] and photos.name(7).endswith("7.jpg")
+    assert {type(value) for value in vars(photos).values()} == {np.ndarray, type(path)}
+    assert sys.getsizeof(photos.bytes) < 1000 and photos.bytes.nbytes < 100_000

@@ -1,0 +1,231 @@
+"""Recall by hand, re-ranking against brute force, each photo encoded once, the same on any number of processes."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run_many, small_model
+
+from blip2 import Blip2
+from data import Texts, open_photos
+from eval import Gallery, gather_shards, main, retrieval, shard, table
+from metrics import chance, ranks, recalls, reranked_ranks
+
+SIZES = dict(vocab_size=Texts(ROOT / "assets/tiny/bert").vocab_size, max_positions=40)
+
+
+def shapes_model(seed=0):
+    """A random model that reads the shapes world's captions; pictures of 8 x 8 pixels."""
+    return small_model(seed, texts=Texts(ROOT / "assets/tiny/bert"), **SIZES)
+
+
+def few(count=12, split="test"):
+    photos = open_photos(["shapes"], split, 8)
+    photos.chosen = photos.chosen[:count]
+    photos.parts[0].subsets = photos.parts[0].subsets[:count]
+    return photos
+
+
+# --- metrics
+
+
+def test_recall_of_four_by_four():
+    scores = torch.tensor([[4, 1, 2, 3], [4, 3, 2, 1], [1, 2, 3, 4], [1, 3, 4, 2.0]])
+    rank = ranks(scores, torch.eye(4, dtype=torch.bool))
+    assert rank.tolist() == [0, 1, 1, 2]
+    assert recalls(rank) == {"R@1": 25, "R@5": 100, "R@10": 100}
+
+
+def test_with_several_right_answers_the_best_counts():
+    scores = torch.tensor([[5.0, 1.0, 4.0], [1.0, 2.0, 3.0]])
+    positives = torch.tensor([[False, True, True], [True, True, False]])
+    assert ranks(scores, positives).tolist() == [1, 1]
+
+
+def test_a_model_that_says_the_same_about_everything_finds_nothing():
+    assert ranks(torch.zeros(3, 3), torch.eye(3, dtype=torch.bool)).tolist() == [2, 2, 2]
+
+
+def test_reranking_orders_the_first_k_and_nothing_else():
+    first = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).repeat(4, 1)
+    second = torch.tensor([[0.0, 9.0, 1.0, 99.0]]).repeat(4, 1)
+    eye = torch.eye(4, dtype=torch.bool)
+    assert reranked_ranks(first, second, eye, 2).tolist() == [1, 0, 2, 3]
+    assert reranked_ranks(first, second, eye, 3).tolist() == [2, 0, 1, 3]
+    assert reranked_ranks(first, second, eye, 4).tolist() == [3, 1, 2, 0]
+    assert reranked_ranks(first, second, eye, 99).tolist() == [3, 1, 2, 0]
+
+
+def test_chance_is_what_random_scores_give():
+    positives = torch.zeros(50, 100, dtype=torch.bool)
+    positives[torch.arange(50), torch.arange(50)] = True
+    positives[:25, 60:64] = True
+    drawn = [recalls(ranks(torch.rand(50, 100), positives)) for _ in range(400)]
+    for name, expected in chance(positives).items():
+        assert sum(d[name] for d in drawn) / 400 == pytest.approx(expected, abs=1.0)
+
+
+# --- the evaluation
+
+
+def brute_force(model, photos):
+    """Every pair one at a time, joint pass and all."""
+    gallery = Gallery(photos)
+    N, M = gallery.positives.shape
+    itc, itm = torch.empty(N, M), torch.empty(N, M)
+    for n in range(N):
+        tokens = model.encode_image(photos.picture(gallery.rows[n])).tokens
+        for m, text in enumerate(gallery.texts):
+            ids = torch.tensor(model.texts.encode([text]))
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            query, words = model.qformer("itc", ids, mask, model.image_kv(tokens))
+            itc[n, m] = (model.image_feats(query)[0] @ model.text_feats(words[:, 0])[0]).max()
+            query, _ = model.qformer("itm", ids, mask, model.image_kv(tokens))
+            logits = model.itm_logits(query)[0]
+            itm[n, m] = logits[1] - logits[0]
+    return gallery.positives, itc, itm
+
+
+@pytest.mark.parametrize("k", [3, 12])
+def test_retrieval_equals_brute_force(k):
+    model, photos = shapes_model(), few()
+    with torch.no_grad():
+        positives, itc, itm = brute_force(model, photos)
+    result = retrieval(model, photos, k)
+    assert result["itc"]["image_to_text"] == recalls(ranks(itc, positives))
+    assert result["itc"]["text_to_image"] == recalls(ranks(itc.T, positives.T))
+    assert result["reranked"]["image_to_text"] == recalls(reranked_ranks(itc, itm, positives, k))
+    assert result["reranked"]["text_to_image"] == recalls(reranked_ranks(itc.T, itm.T, positives.T, k))
+
+
+def test_each_photo_is_encoded_once_and_each_needed_pair_judged_once():
+    model, photos, k = shapes_model(), few(), 3
+    seen = {"vit": 0, "image_kv": 0, "pairs": 0}
+    model.vit.blocks[0].register_forward_hook(lambda _, __, out: seen.update(vit=seen["vit"] + len(out)))
+    model.qformer.blocks[0].cross.kv.register_forward_hook(
+        lambda _, inputs, __: seen.update(image_kv=seen["image_kv"] + len(inputs[0]))
+    )
+    original = model.qformer.forward
+    model.qformer.forward = lambda kind, ids, *rest: (
+        seen.update(pairs=seen["pairs"] + len(ids)),
+        original(kind, ids, *rest),
+    )[1]
+    with torch.no_grad():
+        _, itc, _ = brute_force(shapes_model(), photos)
+    wanted = torch.zeros(12, 12, dtype=torch.bool).scatter_(1, itc.topk(k, dim=1).indices, True)
+    wanted |= torch.zeros(12, 12, dtype=torch.bool).scatter_(1, itc.T.topk(k, dim=1).indices, True).T
+    retrieval(model, photos, k)
+    assert seen == {"vit": 12, "image_kv": 24, "pairs": int(wanted.sum())}  # keys once for ITC, once for ITM
+
+
+def test_photos_with_several_captions_and_records(tmp_path):
+    """Five captions a photo, in one record or in five: the same gallery."""
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    together = [{"image": f"{i}.png", "caption": [f"a {c} circle" for c in ("red", "blue")]} for i in range(3)]
+    apart = [{"image": r["image"], "caption": c} for r in together for c in r["caption"]]
+    results = []
+    for records in (together, apart):
+        (tmp_path / "a.json").write_text(json.dumps(records))
+        photos = open_photos([str(tmp_path / "a.json")], "val", 8)
+        assert Gallery(photos).positives.tolist() == torch.eye(3, dtype=torch.bool).repeat_interleave(2, dim=1).tolist()
+        results.append(retrieval(shapes_model(), photos))
+    assert results[0]["reranked"] == results[1]["reranked"] and results[0]["photos"] == 3 and results[0]["texts"] == 6
+
+
+def test_rerank_with_itm_and_itc_adds_raw_logit_and_raw_cosine():
+    """What the original does; by default, as in the paper, ITM alone decides."""
+    model, photos = shapes_model(), few(6)
+    with torch.no_grad():
+        gallery = Gallery(photos)
+        images = model.encode_image([photos.picture(row) for row in gallery.rows])
+        texts = model.encode_text(gallery.texts)
+        pairs = torch.arange(6).repeat_interleave(6), torch.arange(6).repeat(6)
+        sum_ = model.match_logits(images, texts, *pairs)[:, 1].view(6, 6) + model.itc_scores(images, texts)
+    expected = recalls(reranked_ranks(model.itc_scores(images, texts), sum_, gallery.positives, 6))
+    assert retrieval(model, photos, 6, "itm+itc")["reranked"]["image_to_text"] == expected
+
+
+def same_result(rank, expected):
+    result = retrieval(shapes_model(), few(13), 4)
+    for key in ("itc", "reranked", "mistakes", "photos", "texts"):
+        assert result[key] == expected[key], key
+    assert torch.equal(gather_shards(torch.arange(7)[shard(7)], 7), torch.arange(7))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_find_what_one_finds(processes):
+    run_many(processes, same_result, retrieval(shapes_model(), few(13), 4))
+
+
+def test_evaluation_leaves_training_mode_and_random_numbers_alone():
+    model = shapes_model().train()
+    before = torch.get_rng_state()
+    retrieval(model, few(4), 2)
+    assert model.training and torch.equal(before, torch.get_rng_state())
+
+
+# --- the calls a user makes
+
+
+def test_scores_of_any_photos_and_texts():
+    model = shapes_model()
+    pictures = [few(4).picture(i) for i in range(4)]
+    texts = ["a red circle", "a large blue square left of a small red circle", "no"]
+    itc, itm = model.itc_scores(pictures, texts), model.itm_scores(pictures, texts)
+    assert itc.shape == itm.shape == (4, 3)
+    assert itc.abs().max() <= 1 + 1e-5 and 0 <= itm.min() and itm.max() <= 1
+    encoded = model.encode_image(pictures), model.encode_text(texts)
+    torch.testing.assert_close(model.itm_scores(*encoded), itm)
+    for n in range(4):  # a batch gives what each gives alone
+        torch.testing.assert_close(model.itc_scores(pictures[n], texts), itc[n : n + 1])
+        torch.testing.assert_close(model.itm_scores(pictures[n], texts[1]), itm[n : n + 1, 1:2])
+
+
+def test_match_probability_goes_through_one_softmax():
+    model = shapes_model()
+    with torch.no_grad():
+        model.itm_head.weight.zero_()
+        model.itm_head.bias.copy_(torch.tensor([0.0, 2.0]))
+    assert model.itm_scores(few(1).picture(0), "a red circle").item() == pytest.approx(
+        1 / (1 + 2.718281828**-2), rel=1e-5
+    )
+
+
+def test_captions_of_a_batch_are_those_of_each_alone():
+    model = shapes_model()
+    pictures = [few(5).picture(i) for i in range(5)]
+    for options in ({}, dict(num_beams=1), dict(length_penalty=-1.0)):
+        together = model.caption(pictures, max_new_tokens=6, **options)
+        assert together == [model.caption(picture, max_new_tokens=6, **options)[0] for picture in pictures]
+    assert [len(group) for group in model.caption(pictures, max_new_tokens=4, num_captions=2)] == [2] * 5
+
+
+def test_saved_model_opens_as_the_same_model(tmp_path):
+    model, _ = Blip2.build("assets/tiny/vit", "assets/tiny/bert", image_size=64, num_queries=4, embed_dim=8)
+    model.eval().save_pretrained(tmp_path / "run")
+    again = Blip2.from_pretrained(tmp_path / "run")
+    pictures = [open_photos(["shapes"], "val", 64).picture(i) for i in range(3)]
+    assert torch.equal(model.itc_scores(pictures, ["a red circle"]), again.itc_scores(pictures, ["a red circle"]))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (tmp_path / "run" / config["vit"]).resolve() == (ROOT / "assets/tiny/vit").resolve()
+    assert not any(name.startswith("vit.") for name in model.trained_state())
+
+
+def test_command_line_prints_a_table_and_writes_json(tmp_path, capsys):
+    model, _ = Blip2.build("assets/tiny/vit", "assets/tiny/bert", image_size=64, num_queries=4, embed_dim=8)
+    model.save_pretrained(tmp_path)
+    photos = tmp_path / "photos.json"
+    few(1).picture(0).save(tmp_path / "0.png")
+    photos.write_text(json.dumps([{"image": "0.png", "caption": ["a red circle", "a blue square"]}]))
+    main(["retrieval", "--checkpoint", str(tmp_path), "--data", str(photos), "--out", str(tmp_path / "r.json")])
+    assert "ITM re-ranks 128" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["itc"]["image_to_text"]["R@1"] == 100
+
+
+def test_table_tells_everything():
+    text = table(retrieval(shapes_model(), few(12), 4))
+    for word in ("chance", "shuffled pictures", "ITC", "ITM re-ranks 4", "- plain", "R@10", "mistake"):
+        assert word in text

@@ -1,0 +1,706 @@
+"""Training. `torchrun train.py --stage 1` or `python train.py --stage 1`; every flag is a field of `TrainConfig`.
+
+Stage 1 trains the Q-Former with ITC, ITM and ITG over a frozen ViT (paper 3.2, 3.4). What it writes, runs/stage1/:
+
+    config.json, model.safetensors, tokenizer.json    the latest model; `Blip2.from_pretrained` opens the folder
+    train_state.pt                                    what `--resume` needs besides
+    log.jsonl                                         a line a step, a line a validation
+    step-000500/                                      the last `--keep` checkpoints, each complete
+    best/                                             the model that was best in validation
+
+One process or many, CPU, CUDA or MPS: the same lines. The total batch is fixed by --batch; how it is spread over
+processes and micro-batches changes the speed, and for ITC the number of negatives, but not the data of a step.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import weights
+from blip2 import OBJECTIVES, PRECISIONS, Blip2, choose_precision, local_device, stage1_totals
+from data import (
+    BROKEN_SHARE,
+    CachedTokens,
+    Mixture,
+    StepSampler,
+    TrainBatches,
+    UserError,
+    open_photos,
+    picture_loader,
+    read_json,
+    say_sentence,
+    train_loader,
+)
+from eval import retrieval, shard, table
+from losses import ITM_PRIOR, all_sum, barrier, gather_objects, smoothing_floor, start_processes, world
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    """All flags. What is None is taken from the recipe."""
+
+    stage: str = "1"  # what to train: 1 is representation learning (paper 3.2)
+    vit: str = "assets/tiny/vit"  # frozen image encoder: a folder, or eva-g, clip-l for random weights, or eva-g:FILE
+    bert: str = "assets/tiny/bert"  # BERT folder that the Q-Former starts from
+    data: list[str] = field(
+        default_factory=lambda: ["shapes"]
+    )  # shapes, or .json / .jsonl annotations; may be repeated
+    images: str = ""  # folder of the photos, if they are not beside the annotation file
+    val_data: str = ""  # annotations to validate on
+    val_photos: int = 0  # or: hold out this many photos of --data
+    out: str = "runs/stage1"  # folder of the run
+    resume: bool = False  # go on with the run in --out
+    overwrite: bool = False  # throw away the run in --out
+    losses: str = ",".join(OBJECTIVES)  # which of itc,itm,itg; itc is always needed
+    steps: int | None = None  # optimizer steps
+    batch: int | None = None  # total batch of a step, over all processes
+    micro_batch: int = 0  # photos a process takes at once; 0 is its whole share of --batch, less is accumulated
+    lr: float | None = None  # peak learning rate
+    min_lr: float | None = None  # at the end of the cosine
+    warmup: int | None = None  # steps from 0 to the peak
+    beta2: float | None = None  # of AdamW
+    weight_decay: float | None = None  # of tensors with two or more dimensions
+    clip: float | None = None  # maximal norm of the gradient
+    dropout: float | None = None  # of the Q-Former
+    image_size: int | None = None  # pixels a side
+    queries: int | None = None  # learned queries
+    cross_every: int = 2  # cross-attention in every n-th block
+    embed_dim: int | None = None  # of the space in which ITC compares
+    max_text_tokens: int = 32  # longer texts are cut
+    last_block: bool = False  # use the ViT's last block too; the paper drops it
+    cache_features: bool = False  # run the ViT once per photo and keep its tokens on disk; no augmentation then
+    seed: int = 0  # of everything random
+    precision: str = "auto"  # auto, fp32, bf16 or fp16
+    device: str = "auto"  # auto, cuda, mps or cpu
+    workers: int = -1  # loader processes; -1 chooses
+    log_every: int = 20  # steps between printed lines
+    eval_every: int | None = None  # steps between validations, 0 for none
+    save_every: int | None = None  # steps between checkpoints
+    keep: int = 1  # how many checkpoints are kept beside the best
+
+
+# Paper 3.4 gives stage 1 no minimal rate and no clipping; 1e-5 is the original's, which clips nothing, warms up for
+# 5,000 steps and takes beta2 0.999. The paper's batch is 1,680 with ViT-g, 2,320 with ViT-L.
+RECIPES = {
+    "paper": dict(
+        steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, beta2=0.98, weight_decay=0.05, clip=1.0,
+        image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
+    ),
+    # For the shapes world over the tiny encoders: a few minutes on two CPU cores.
+    "tiny": dict(
+        steps=2000, batch=64, lr=1e-3, min_lr=1e-5, warmup=100, beta2=0.98, weight_decay=0.05, clip=1.0,
+        image_size=64, queries=8, embed_dim=64, eval_every=500, save_every=500,
+    ),
+}  # fmt: skip
+
+MAY_CHANGE = {"resume", "overwrite", "out", "workers", "log_every", "eval_every", "save_every", "keep", "device"}
+
+
+def parse_flags(argv: list[str] | None) -> tuple[TrainConfig, set[str]]:
+    """Command line -> the configuration, and the names of the flags that were given."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainConfig), re.MULTILINE))
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            unknown = re.findall(r"--([\w-]+)", message) if "unrecognized" in message else []
+            known = [name.replace("_", "-") for name in comments]
+            near = [f"--{hit}" for word in unknown for hit in difflib.get_close_matches(word, known, n=1)]
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            self.exit(2, f"error: {message}{hint} (python train.py --help lists all flags)\n")
+
+    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for f in dataclasses.fields(TrainConfig):
+        flag, about = "--" + f.name.replace("_", "-"), comments[f.name]
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
+        elif f.name == "data":
+            parser.add_argument(flag, action="append", help=f"{about} (default: shapes)")
+        else:
+            kind = f.type if isinstance(f.type, type) else f.type.__args__[0]  # int | None -> int
+            default = "the recipe's" if f.default is None else f.default
+            parser.add_argument(flag, type=kind, help=f"{about} (default: {default})", metavar=kind.__name__)
+    given = vars(parser.parse_args(argv))
+    return TrainConfig(**given), set(given)
+
+
+def complete(cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, str]:
+    """Fill what was not given from the recipe -> the whole configuration, and what was chosen and why."""
+    name = "tiny" if cfg.data == ["shapes"] else "paper"
+    recipe = {key: value for key, value in RECIPES[name].items() if key not in given}
+    cfg = dataclasses.replace(cfg, **recipe)
+    why = "--data is shapes" if name == "tiny" else "--data is not shapes"
+    chosen = ", ".join(f"{key} {value:g}" for key, value in recipe.items())
+    return cfg, f'recipe "{name}", because {why}: {chosen}'
+
+
+def check(cfg: TrainConfig) -> None:
+    """Refuse what cannot work, in a sentence."""
+    objectives = cfg.losses.split(",")
+    for flag, got, fine, expected in (
+        ("stage", cfg.stage, cfg.stage == "1", "1"),
+        (
+            "losses",
+            cfg.losses,
+            set(objectives) <= set(OBJECTIVES) and "itc" in objectives,
+            "itc, with itm and itg or without",
+        ),
+        ("precision", cfg.precision, cfg.precision in ("auto", *PRECISIONS), "auto, fp32, bf16 or fp16"),
+        ("device", cfg.device, cfg.device in ("auto", "cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
+        ("steps", cfg.steps, cfg.steps >= 1, "at least 1"),
+        ("batch", cfg.batch, cfg.batch >= 1, "at least 1"),
+        ("warmup", cfg.warmup, 0 <= cfg.warmup, "0 or more"),
+        ("lr", cfg.lr, cfg.lr > 0, "above 0"),
+        ("save-every", cfg.save_every, cfg.save_every >= 1, "at least 1"),
+        ("log-every", cfg.log_every, cfg.log_every >= 1, "at least 1"),
+        ("keep", cfg.keep, cfg.keep >= 1, "at least 1"),
+    ):
+        if not fine:
+            raise UserError(f"got --{flag} {got}, expected {expected}")
+    share = cfg.batch / world()[1]
+    micro = cfg.micro_batch or share
+    if share % 1 or share % micro:
+        raise UserError(
+            f"--batch {cfg.batch} does not divide into {world()[1]} processes with micro-batches of {micro:g}: "
+            f"pass --batch {math.ceil(cfg.batch / world()[1] / micro) * int(micro) * world()[1]}"
+        )
+
+
+# --- the pieces of the loop that tests and assets/make_tiny.py use too ------------------------------------------------
+
+
+def lr_at(step: int, cfg) -> float:
+    """Learning rate of the step-th update (from 1): linear from 0 to the peak, then a cosine to min_lr at the last."""
+    if step < cfg.warmup:
+        return cfg.lr * step / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, cfg) -> torch.optim.AdamW:
+    """AdamW over what is trained. Weight decay on matrices and tables; not on biases, norms and the temperature."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=trained[0].device.type in ("cpu", "cuda"))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One rate for all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed buffers. By default it gives large ones back to the system, which hands them out again page
+    by page: on CPU that took a third of a step. Elsewhere than on Linux there is nothing to do."""
+    if sys.platform == "linux":
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: buffers up to 2 GB come from the heap
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def parts_table(model: Blip2) -> str:
+    """What the model consists of: parameters, how many are trained, in which dtype."""
+    parts = {
+        "ViT (frozen)": model.vit,
+        "ln_vision": model.ln_vision,
+        "Q-Former": model.qformer,
+        "ITC projections": nn.ModuleList([model.vision_proj, model.text_proj]),
+        "ITM head": model.itm_head,
+    }
+    rows = [(name, list(part.parameters())) for name, part in parts.items()]
+    rows += [("temperature", [model.temperature]), ("all", list(model.parameters()))]
+    lines = [f"{'part':18} {'parameters':>14} {'trainable':>14}  dtype"]
+    for name, parameters in rows:
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+        lines.append(f"{name:18} {sum(p.numel() for p in parameters):14,} {trained:14,}  {dtypes}")
+    return "\n".join(lines)
+
+
+def memory_estimate(model: Blip2, micro_batch: int, objectives: list[str], text_tokens: int = 16) -> dict[str, float]:
+    """Bytes of a training step by a rough count: weights, gradients and optimizer, what the backward pass keeps."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    cfg, vit, Q, T = model.qformer.cfg, model.vit.cfg, model.qformer.cfg.num_queries, text_tokens
+    size = 4 if model.amp_dtype is None else 2
+    P = (model.image_size // vit.patch_size) ** 2 + 1
+    # (rows, keys) of the self-attention of each pass of a sample, and how often its queries read the image
+    passes = [(Q, Q), (T, T)] + [(Q + T, Q + T)] * 3 * ("itm" in objectives) + [(T, Q + T)] * ("itg" in objectives)
+    reads = 1 + 3 * ("itm" in objectives)
+    tokens = sum(rows for rows, _ in passes)
+    kept = cfg.depth * tokens * (12 * cfg.width + 2 * cfg.mlp)  # inputs of Linears, norms and GELU
+    kept += cfg.depth * cfg.heads * sum(2 * rows * keys for rows, keys in passes)  # attention weights
+    cross = -(-cfg.depth // cfg.cross_every)
+    kept += cross * reads * (Q * (6 * cfg.width + 2 * cfg.heads * P) + 2 * P * cfg.width)
+    kept += 3 * P * vit.width
+    if "itg" in objectives:
+        kept += T * cfg.vocab_size * 8 / size  # logits, in fp32 as well
+    return {
+        "frozen": frozen,
+        "weights": trained,
+        "gradients + AdamW": 3 * trained,
+        "activations": micro_batch * kept * size,
+    }
+
+
+def log_line(step: int, cfg: TrainConfig, row: dict, bounds: dict, eta: float) -> str:
+    """A step in one line; behind each loss its floor and what chance gives."""
+    losses = "  ".join(f"{name} {row[name]:.3f} ({low:.2f} to {high:.2f})" for name, (low, high) in bounds.items())
+    return (
+        f"step {step:{len(str(cfg.steps))}}/{cfg.steps} | {losses} | temp {row['temperature']:.3f} | "
+        f"lr {row['lr']:.1e} | norm {row['norm']:.1f} | {row['photos_per_s']:.0f} photos/s | "
+        f"{row['gigabytes']:.1f} GB | eta {clock(eta)}"
+    )
+
+
+def clock(seconds: float) -> str:
+    """ "2h05m", "3m10s", "12s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def gigabytes_used(device: torch.device) -> float:
+    """Peak memory: of the card, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(run: Path, step: int, model: Blip2, train_state: dict, cfg: TrainConfig, is_best: bool) -> None:
+    """Write run/step-NNNNNN/ whole or not at all, show it as the run's latest, drop those beyond --keep.
+
+    Called on all processes, because each adds the state of its random numbers; the first one writes.
+    """
+    rng = {"cpu": torch.get_rng_state()}
+    if model.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state()
+    rngs = gather_objects(rng)
+    if world()[0] > 0:
+        return
+    folder = run / f"step-{step:06d}"
+    partial = run / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, home=folder, train=asdict(cfg), step=step)
+    torch.save({**train_state, "step": step, "rng": rngs}, partial / "train_state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    for name in ("model.safetensors", "tokenizer.json", "train_state.pt"):
+        link(folder / name, run / name)
+    model.write_config(run, train=asdict(cfg), step=step)
+    if is_best:
+        best = run / ".best.partial"
+        shutil.rmtree(best, ignore_errors=True)
+        best.mkdir()
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):  # config: both folders are as deep
+            link(folder / name, best / name)
+        shutil.rmtree(run / "best", ignore_errors=True)
+        os.replace(best, run / "best")
+    for old in sorted(run.glob("step-*"))[: -cfg.keep]:
+        shutil.rmtree(old)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make target the same file as source (or a copy, where the disk has no links), in one move."""
+    temporary = target.with_name(f".{target.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copy2(source, temporary)
+    os.replace(temporary, target)
+
+
+def load_checkpoint(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[Path, dict, TrainConfig]:
+    """The run's newest checkpoint -> its folder, its train state, and the configuration it was started with.
+
+    Refuses flags that would make another run of it, and another number of processes.
+    """
+    folders = sorted(run.glob("step-*"))
+    if not folders:
+        raise UserError(f"--resume: {run} has no checkpoint yet: leave --resume out to start it")
+    state = torch.load(folders[-1] / "train_state.pt", map_location="cpu", weights_only=True)
+    config = read_json(folders[-1] / "config.json")
+    saved = TrainConfig(**config["train"])
+    other = [name for name in given - MAY_CHANGE if getattr(saved, name) != getattr(cfg, name)]
+    if other:
+        was = ", ".join(f"--{name.replace('_', '-')} {getattr(saved, name)}" for name in other)
+        raise UserError(
+            f"--resume: {run} was started with {was}: leave those flags out, or start another run with --out"
+        )
+    if len(state["rng"]) != world()[1]:
+        raise UserError(
+            f"--resume: {run} was trained by {len(state['rng'])} processes, here are {world()[1]}: "
+            f"start it with torchrun --nproc_per_node {len(state['rng'])}"
+        )
+    return folders[-1], state, dataclasses.replace(saved, **{name: getattr(cfg, name) for name in given & MAY_CHANGE})
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """The command line."""
+    cfg, given = parse_flags(argv)
+    with StopAsked() as stop:
+        return train(cfg, given, stop)
+
+
+def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
+    """Train as the flags say; `given` are the fields that were given. Returns the final evaluation."""
+    # --- processes, device, precision
+    start_processes()
+    rank, size = world()
+    device = local_device(cfg.device)
+    if device.type == "cpu":
+        keep_memory()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+    def say(*lines):
+        if rank == 0:
+            print(*lines, sep="\n", flush=True)
+
+    # --- a new run, or an old one
+    run, resumed = Path(cfg.out), None
+    if cfg.resume:
+        folder, resumed, cfg = load_checkpoint(run, cfg, given)
+        say(f"resuming {run} at step {resumed['step']}")
+    else:
+        cfg, chosen = complete(cfg, given)
+        say(chosen)
+        if run.exists() and any(run.glob("step-*")):
+            if not cfg.overwrite:
+                raise UserError(
+                    f"{run} holds a run: pass --resume to go on with it, --out to start another, or --overwrite"
+                )
+            if rank == 0:
+                shutil.rmtree(run)
+    check(cfg)
+    objectives = tuple(cfg.losses.split(","))
+    precision, why = choose_precision(device, cfg.precision)
+    micro_batch = cfg.micro_batch or cfg.batch // size
+    accumulate = cfg.batch // size // micro_batch
+
+    # --- model
+    torch.manual_seed(cfg.seed)  # the same new weights on all processes
+    model, accounts = Blip2.build(
+        cfg.vit, cfg.bert, cfg.image_size, cfg.queries, cfg.cross_every, cfg.embed_dim, cfg.max_text_tokens,
+        cfg.last_block, cfg.dropout,
+    )  # fmt: skip
+    if "itm" not in objectives:
+        model.itm_head.requires_grad_(False)
+    if "itg" not in objectives:
+        model.qformer.lm_head.requires_grad_(False)
+    model.set_precision(precision, device).train()
+    say(*accounts, parts_table(model))
+    memory = memory_estimate(model, micro_batch, objectives)
+    say(
+        f"{device}, {size} process(es), {precision} because {why}; expected memory of a process "
+        f"{sum(memory.values()) / 1e9:.1f} GB ({', '.join(f'{k} {v / 1e9:.2f}' for k, v in memory.items())})"
+    )
+    say(
+        f"a picture is compared with {micro_batch * size} texts at once: its own and {micro_batch * size - 1} negatives"
+        + (f"; accumulating {accumulate} micro-batches adds none" if accumulate > 1 else "")
+    )
+
+    # --- data
+    photos, val = open_data(cfg, model, run, say)
+    workers = cfg.workers
+    if workers < 0:  # pictures to decode keep workers busy; drawn shapes and cached features do not
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 0 if photos.cached or cfg.data == ["shapes"] else min(8, max(1, cores - 1))
+    start = resumed["step"] if resumed else 0
+    sampler = StepSampler(photos, cfg.seed, micro_batch, accumulate, cfg.steps, start, rank, size)
+    say(f"{len(photos):,} training pictures, {sampler.per_epoch:,} steps an epoch, {workers} loader workers")
+    batches = TrainBatches(photos, model.texts, cfg.image_size, cfg.seed)
+    batches = iter(train_loader(batches, sampler, workers, pin=device.type == "cuda"))
+
+    # --- optimizer, and where an old run stood
+    optimizer = build_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    best, trained_s = -1.0, 0.0
+    torch.manual_seed(cfg.seed + rank)  # from here on: dropout
+    if resumed:
+        model.load_trained(folder)
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        best, trained_s = resumed["best"], resumed["trained_s"]
+        torch.set_rng_state(resumed["rng"][rank]["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(resumed["rng"][rank]["cuda"])
+    ddp = model
+    if size > 1:  # all processes have the same weights already
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    generator = torch.Generator()  # of the hard negatives
+
+    # --- log
+    bounds = {
+        "itc": (smoothing_floor(micro_batch * size), math.log(micro_batch * size)),
+        "itm": (0.0, ITM_PRIOR),
+        "itg": (smoothing_floor(model.qformer.cfg.vocab_size), math.log(model.qformer.cfg.vocab_size)),
+    }
+    bounds = {name: bounds[name] for name in objectives}
+    say("behind each loss: the least that label smoothing allows, and what knowing nothing gives")
+    log = Log(run, start, asdict(cfg), f"{device}, {precision}") if rank == 0 else None
+    broken: dict[str, str] = {}
+    pending, window_s = [], time.perf_counter()
+
+    # --- the loop
+    for step in range(start + 1, cfg.steps + 1):
+        set_lr(optimizer, lr := lr_at(step, cfg))
+        micro_batches = [next(batches).to(device) for _ in range(accumulate)]
+        totals = stage1_totals(micro_batches)
+        parts = []
+        for number, batch in enumerate(micro_batches):
+            generator.manual_seed(hash((cfg.seed, step, number)))
+            is_last = number == accumulate - 1
+            with nullcontext() if is_last or size == 1 else ddp.no_sync():
+                losses = ddp(batch, objectives, totals, generator)
+                scaler.scale(sum(losses.values()) * size).backward()  # DDP takes the mean over the processes
+            parts.append(torch.stack([losses[name].detach() for name in objectives]))
+            for name, reason in batch.broken:
+                broken.setdefault(name, reason)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # --- numbers stay on the device until a line is due, so that the host runs ahead of it
+        cut = sum(batch.truncated for batch in micro_batches)
+        pending.append((lr, torch.stack(parts).sum(dim=0), norm, model.temperature.detach().clone(), cut))
+        due = step % cfg.log_every == 0 or step == cfg.steps
+        validates = val is not None and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
+        saves = step % cfg.save_every == 0 or step == cfg.steps
+        if not (due or validates or saves or (stop.asked and size == 1)):
+            continue
+        rows = read_numbers(pending, objectives, cfg, step)
+        now = time.perf_counter()
+        trained_s, window_s = trained_s + now - window_s, now - window_s
+        speed = len(rows) * cfg.batch / window_s
+        for row in rows:
+            row |= {"photos_per_s": speed, "gigabytes": gigabytes_used(device), "trained_s": trained_s}
+        tell_broken(broken, len(photos))
+        if rank == 0:
+            log.write(*rows)
+            say(log_line(step, cfg, rows[-1], bounds, (cfg.steps - step) * cfg.batch / speed))
+        pending = []
+
+        # --- validation and checkpoint
+        is_best = False
+        if validates:
+            result = retrieval(model, val, k=16, match="itm" in objectives)
+            score = mean_recall(result)
+            is_best, best = score > best, max(score, best)
+            say(validation_lines(model, val, result, score, is_best))
+            if rank == 0:
+                log.write({"step": step, "validation": result, "mean_recall": score})
+        stopping = bool(all_sum(torch.tensor(float(stop.asked), device=device)))
+        if saves or is_best or stopping:
+            state = {
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "best": best,
+                "trained_s": trained_s,
+            }
+            save_checkpoint(run, step, model, state, cfg, is_best)
+        if stopping:
+            say(f"stopped at step {step}, saved; go on with: python train.py --resume --out {run}")
+            return None
+        window_s = time.perf_counter()
+
+    # --- the end
+    if (run / "best").exists():
+        model.load_trained(run / "best")
+    say(f"trained in {clock(trained_s)}, without validation, checkpoints and caching")
+    if cfg.data == ["shapes"]:
+        val = open_photos(["shapes"], "test", cfg.image_size)
+    if val is None:
+        return None
+    result = retrieval(model, val, match="itm" in objectives)
+    if rank == 0:
+        (run / "retrieval.json").write_text(json.dumps(result, indent=2) + "\n")
+        say(table(result))
+    return result
+
+
+# --- the loop's helpers ----------------------------------------------------------------------------------------------
+
+
+class StopAsked:
+    """Ctrl-C and SIGTERM end the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        """The signal handler."""
+        self.asked = True
+        signal.signal(number, self.before[number])
+
+
+class Log:
+    """log.jsonl: a header, a line a step, a line a validation. A resumed run forgets what came after its checkpoint."""
+
+    def __init__(self, run: Path, start: int, config: dict, machine: str):
+        self.path = run / "log.jsonl"
+        run.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= start]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.write({"config": config, "machine": machine, "torch": torch.__version__, "from_step": start})
+
+    def write(self, *rows: dict) -> None:
+        """Append."""
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def open_data(cfg: TrainConfig, model: Blip2, run: Path, say) -> tuple[Mixture, Mixture | None]:
+    """The photos to train on, and those to validate on if there are any; with cached features if asked for."""
+    photos, val = open_photos(cfg.data, "train", cfg.image_size, cfg.images), None
+    if cfg.cache_features:
+        photos.cached = cache_tokens(model, photos, run.parent / "features", cfg.workers, say)
+    if cfg.val_photos:
+        photos, val = photos.held_out(cfg.val_photos)
+    elif cfg.val_data or cfg.data == ["shapes"]:
+        val = open_photos([cfg.val_data or "shapes"], "val", cfg.image_size, cfg.images)
+        if cfg.cache_features:
+            val.cached = cache_tokens(model, val, run.parent / "features", cfg.workers, say)
+    return photos, val
+
+
+def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int, say) -> CachedTokens:
+    """The frozen ViT's tokens of all photos, evaluation transform, fp16: from the file, or computed into it once.
+
+    The file's name is a hash of the ViT, the transform and the photos, so it is never mistaken for another. Each
+    process computes its share; the file appears under its name when it is whole.
+    """
+    encoder = (weights.sha256(model.sources["vit_files"]), repr(model.vit.cfg), str(model.vit.dtype))
+    key = hashlib.sha256(repr((encoder, model.image_size, photos.fingerprint())).encode()).hexdigest()[:16]
+    path = folder / f"{key}.npy"
+    if not path.exists():
+        rank, size = world()
+        started, partial = time.time(), folder / f".{key}.partial.npy"
+        rows = range(len(photos))[shard(len(photos))]
+        tokens_each = 1 + (model.image_size // model.vit.cfg.patch_size) ** 2
+        shape = (len(photos), tokens_each, model.vit.cfg.width)
+        say(f"caching the ViT's tokens of {len(photos):,} photos in {path}, {2 * math.prod(shape) / 1e9:.1f} GB")
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
+        barrier()
+        tokens, broken = np.lib.format.open_memmap(partial, "r+"), {}
+        for done, unreadable, pictures in picture_loader(photos, model.image_size, rows, workers):
+            broken |= unreadable
+            if done:
+                tokens[done] = model.image_tokens(pictures.to(model.device)).half().cpu().numpy()
+        tokens.flush()
+        broken = {row: reason for part in gather_objects(broken) for row, reason in part.items()}
+        if rank == 0:
+            path.with_suffix(".json").write_text(json.dumps(broken))
+            os.replace(partial, path)
+        barrier()
+        say(f"cached in {clock(time.time() - started)}")
+    return CachedTokens(path)
+
+
+def read_numbers(pending: list[tuple], objectives: tuple[str, ...], cfg: TrainConfig, last: int) -> list[dict]:
+    """The steps since the last line, summed over the processes, as rows of the log. Here the host waits."""
+    lrs, losses, norms, temperatures, cut = zip(*pending, strict=True)
+    losses = all_sum(torch.stack(losses)).tolist()
+    cut = all_sum(torch.tensor(cut, device=norms[0].device)).tolist()
+    norms, temperatures = torch.stack(norms).tolist(), torch.stack(temperatures).tolist()
+    rows = []
+    for i, values in enumerate(losses):
+        step = last - len(losses) + 1 + i
+        for name, value in zip(objectives, values, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {name} loss became {value} at step {step}, nothing was saved after step "
+                    f"{step // cfg.save_every * cfg.save_every}: resume with a lower --lr, or pass --precision fp32"
+                )
+        row = {"step": step, **dict(zip(objectives, values, strict=True)), "loss": sum(values), "lr": lrs[i]}
+        rows.append({**row, "norm": norms[i], "temperature": temperatures[i], "truncated": cut[i] / cfg.batch})
+    return rows
+
+
+def tell_broken(broken: dict[str, str], photos: int) -> None:
+    """Name photos that could not be read, once; stop all processes when there are too many."""
+    for name, reason in broken.items():
+        if reason:
+            print(f"skipped: {reason}", flush=True)
+            broken[name] = ""
+    count = int(all_sum(torch.tensor(len(broken))))
+    if count > BROKEN_SHARE * photos:
+        raise UserError(
+            f"{count} of {photos} photos could not be read, more than {BROKEN_SHARE:.0%}: mend or remove them, "
+            "or pass --images with the folder they are in"
+        )
+
+
+def mean_recall(result: dict) -> float:
+    """The mean of R@1, 5, 10 both ways, re-ranked if the model can: what "best" means."""
+    numbers = result.get("reranked", result["itc"])
+    values = [value for way in numbers.values() for value in way.values()]
+    return sum(values) / len(values)
+
+
+def validation_lines(model: Blip2, val: Mixture, result: dict, score: float, is_best: bool) -> str:
+    """A validation in a few lines: the recalls, and what the model says about two pictures."""
+    lines = []
+    for name in ("itc", "reranked"):
+        if name in result:
+            i2t, t2i = (way["R@1"] for way in result[name].values())
+            lines.append(f"  validation, {name}: R@1 picture to caption {i2t:.1f} %, caption to picture {t2i:.1f} %")
+    lines.append(f"  mean recall {score:.1f} %{', the best so far' if is_best else ''} ({result['seconds']:.0f} s)")
+    model.eval()
+    for row in (0, len(val) // 2):
+        images = model.encode_tokens(val.tokens([row])) if val.cached else model.encode_image(val.picture(row))
+        lines.append(f'  {val.name(row)}: "{model.caption(images)[0]}"; a person: "{val.captions(row)[0]}"')
+    model.train()
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(say_sentence(main))
