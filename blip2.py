@@ -9,6 +9,7 @@ width, E shared embedding, W vocabulary.
 
 import json
 import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -219,6 +220,8 @@ class Blip2(nn.Module):
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         self.texts.save(folder)
         self.write_config(folder, home, **extra)
+        # safetensors lets only the owner read its files; a colleague may read this one as any other.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
     def write_config(self, folder: Path, home: str | Path | None = None, **extra) -> None:
         """config.json of `save_pretrained`."""
@@ -302,11 +305,13 @@ class Blip2(nn.Module):
         objectives: tuple[str, ...] = OBJECTIVES,
         totals: dict[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
+        hardness: float = 1.0,
     ) -> dict[str, Tensor]:
         """The losses of paper 3.2 on one batch; their sum is what stage 1 minimises.
 
         totals: from `stage1_totals`, what each loss is divided by; by default this batch over all processes.
         generator: of the hard negatives' draw; the same on all processes.
+        hardness: 1 draws ITM's negatives by their similarity (the paper), 0 draws any, between is between.
         """
         if totals is None:
             totals = stage1_totals([batch])
@@ -327,8 +332,8 @@ class Blip2(nn.Module):
             losses = {"itc": itc_loss(sim_i2t, sim_t2i, positives, totals["itc"])}
             if "itm" in objectives:
                 first_row = world()[0] * len(batch)
-                image_neg, image_found = sample_hard_negatives(sim_t2i, positives, generator, first_row)
-                text_neg, text_found = sample_hard_negatives(sim_i2t, positives, generator, first_row)
+                image_neg, image_found = sample_hard_negatives(hardness * sim_t2i, positives, generator, first_row)
+                text_neg, text_found = sample_hard_negatives(hardness * sim_i2t, positives, generator, first_row)
                 found = torch.cat((image_found, text_found))
                 losses["itm"] = self._itm(batch, image_tokens, image_kv, image_neg, text_neg, found, totals["itm"])
             if "itg" in objectives:

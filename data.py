@@ -250,6 +250,10 @@ class Annotations:
         """The photo, upright, RGB."""
         return open_picture(self.name(index))
 
+    def train_view(self, index: int, size: int, rng: np.random.Generator) -> Tensor:
+        """The photo as a step of training sees it: a random crop, mirrored or not."""
+        return train_transform(self.picture(index), size, rng, flip=not says_left_or_right(self.captions(index)))
+
     def fingerprint(self) -> str:
         """Changes when any photo or their order does."""
         digest = hashlib.sha256()
@@ -304,6 +308,10 @@ class Shapes(shapes.ShapesWorld):
         """For messages."""
         return f"shapes {self.split} {index}"
 
+    def train_view(self, index: int, size: int, rng: np.random.Generator) -> Tensor:
+        """The whole picture: the captions tell of all that is in it and where, so a crop would make them false."""
+        return eval_transform(self.picture(index), size)
+
     def fingerprint(self) -> str:
         """Changes with the code that draws."""
         return hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest() + f" {self.split} {self.size}"
@@ -336,6 +344,11 @@ class Mixture:
         """The photo."""
         part, row = self.find(index)
         return self.parts[part].picture(row)
+
+    def train_view(self, index: int, size: int, rng: np.random.Generator) -> Tensor:
+        """The photo as a step of training sees it: uint8 (3, size, size)."""
+        part, row = self.find(index)
+        return self.parts[part].train_view(row, size, rng)
 
     def name(self, index: int) -> str:
         """The photo's path."""
@@ -402,7 +415,7 @@ class Batch:
     images: Tensor | None = None  # (B, 3, H, W) uint8
     image_tokens: Tensor | None = None  # (B, P, V) fp16
     broken: list[tuple[str, str]] = field(default_factory=list)  # photos that could not be read, and why
-    truncated: int = 0  # texts that were longer than the limit
+    truncated: int = 0  # texts that reach the limit: cut, or just as long
 
     def __len__(self) -> int:
         return len(self.text_ids)
@@ -472,8 +485,7 @@ class TrainBatches(Dataset):
             try:
                 if self.photos.cached:
                     return caption, row, self.photos.tokens([row])[0], broken
-                picture, flip = self.photos.picture(row), not says_left_or_right(captions)
-                return caption, row, train_transform(picture, self.image_size, rng, flip), broken
+                return caption, row, self.photos.train_view(row, self.image_size, rng), broken
             except UserError as error:
                 broken.append((self.photos.name(row), str(error)))
         raise UserError(f"none of the {len(self.photos)} photos can be read; the last: {broken[-1][1]}")
@@ -578,5 +590,9 @@ def picture_loader(photos: Mixture, image_size: int, rows, workers: int = 0, bat
     """`EvalPictures` of some rows, in order."""
     batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     return DataLoader(
-        EvalPictures(photos, image_size), batch_sampler=batches, num_workers=max(0, workers), collate_fn=as_it_is
+        EvalPictures(photos, image_size),
+        batch_sampler=batches,
+        num_workers=max(0, workers),
+        collate_fn=as_it_is,
+        generator=torch.Generator(),  # else a loader draws from the global one, and a validation would change dropout
     )

@@ -41,7 +41,9 @@ class Gallery:
     def subsets(self) -> dict[str, Tensor]:
         """The named parts of the shapes world's test split -> photo numbers."""
         parts = self.photos.parts
-        names = parts[0].subsets if len(parts) == 1 and isinstance(parts[0], Shapes) else []
+        if len(parts) > 1 or not isinstance(parts[0], Shapes) or not parts[0].subsets:
+            return {}
+        names = [parts[0].subsets[self.photos.find(row)[1]] for row in self.rows]
         return {name: torch.tensor([i for i, n in enumerate(names) if n == name]) for name in dict.fromkeys(names)}
 
 
@@ -92,6 +94,8 @@ def retrieval(
         wanted = torch.zeros(N, M, dtype=torch.bool)
         wanted.scatter_(1, itc.topk(min(k, M), dim=1).indices, True)
         wanted |= torch.zeros(M, N, dtype=torch.bool).scatter_(1, itc.T.topk(min(k, N), dim=1).indices, True).T
+        swapped = gallery.subsets().get("swapped", torch.arange(0)).view(-1, 2)
+        wanted[swapped[:, :, None], swapped[:, None]] = True  # for `twins`, however far apart ITC has put them
         photo_rows, text_rows = wanted[mine].nonzero(as_tuple=True)
         judged = torch.full(wanted[mine].shape, float("-inf"), device=model.device)
         logits = model.match_logits(images, texts, photo_rows, text_rows)

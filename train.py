@@ -63,9 +63,7 @@ class TrainConfig:
     stage: str = "1"  # what to train: 1 is representation learning (paper 3.2)
     vit: str = "assets/tiny/vit"  # frozen image encoder: a folder, or eva-g, clip-l for random weights, or eva-g:FILE
     bert: str = "assets/tiny/bert"  # BERT folder that the Q-Former starts from
-    data: list[str] = field(
-        default_factory=lambda: ["shapes"]
-    )  # shapes, or .json / .jsonl annotations; may be repeated
+    data: list[str] = field(default_factory=lambda: ["shapes"])  # shapes, or a .json / .jsonl file; may be repeated
     images: str = ""  # folder of the photos, if they are not beside the annotation file
     val_data: str = ""  # annotations to validate on
     val_photos: int = 0  # or: hold out this many photos of --data
@@ -82,6 +80,7 @@ class TrainConfig:
     beta2: float | None = None  # of AdamW
     weight_decay: float | None = None  # of tensors with two or more dimensions
     clip: float | None = None  # maximal norm of the gradient
+    negatives_ramp: int | None = None  # steps over which ITM's negatives go from random to hard; 0: hard from the start
     dropout: float | None = None  # of the Q-Former
     image_size: int | None = None  # pixels a side
     queries: int | None = None  # learned queries
@@ -105,12 +104,13 @@ class TrainConfig:
 RECIPES = {
     "paper": dict(
         steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, beta2=0.98, weight_decay=0.05, clip=1.0,
-        image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
+        negatives_ramp=0, image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
     ),
-    # For the shapes world over the tiny encoders: a few minutes on two CPU cores.
+    # For the shapes world over the tiny encoders: a few minutes on two CPU cores. Pictures that are hardly seen twice
+    # need no dropout; and in a run this short ITM has no time to lose on negatives too hard for it (README, Results).
     "tiny": dict(
-        steps=2000, batch=64, lr=1e-3, min_lr=1e-5, warmup=100, beta2=0.98, weight_decay=0.05, clip=1.0,
-        image_size=64, queries=8, embed_dim=64, eval_every=500, save_every=500,
+        steps=1350, batch=64, lr=2e-3, min_lr=1e-5, warmup=50, beta2=0.98, weight_decay=0.05, clip=1.0,
+        negatives_ramp=400, dropout=0.0, image_size=64, queries=8, embed_dim=64, eval_every=450, save_every=450,
     ),
 }  # fmt: skip
 
@@ -195,6 +195,11 @@ def lr_at(step: int, cfg) -> float:
         return cfg.lr * step / cfg.warmup
     progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def hardness_at(step: int, cfg) -> float:
+    """How hard ITM's negatives are at a step: from 0, any other photo, to 1, drawn by ITC's similarity."""
+    return min(1.0, step / cfg.negatives_ramp) if cfg.negatives_ramp else 1.0
 
 
 def build_optimizer(model: nn.Module, cfg) -> torch.optim.AdamW:
@@ -382,13 +387,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     """Train as the flags say; `given` are the fields that were given. Returns the final evaluation."""
-    # --- processes, device, precision
     start_processes()
     rank, size = world()
-    device = local_device(cfg.device)
-    if device.type == "cpu":
-        keep_memory()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     def say(*lines):
         if rank == 0:
@@ -402,15 +402,17 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     else:
         cfg, chosen = complete(cfg, given)
         say(chosen)
-        if run.exists() and any(run.glob("step-*")):
-            if not cfg.overwrite:
-                raise UserError(
-                    f"{run} holds a run: pass --resume to go on with it, --out to start another, or --overwrite"
-                )
-            if rank == 0:
-                shutil.rmtree(run)
+        if any(run.glob("step-*")) and not cfg.overwrite:
+            raise UserError(
+                f"{run} holds a run: pass --resume to go on with it, --out to start another, or --overwrite"
+            )
     check(cfg)
     objectives = tuple(cfg.losses.split(","))
+    device = local_device(cfg.device)
+    if device.type == "cpu":
+        keep_memory()
+        if size > 1:  # torchrun gives each process one thread; PyTorch or OMP_NUM_THREADS chooses those of a single one
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     precision, why = choose_precision(device, cfg.precision)
     micro_batch = cfg.micro_batch or cfg.batch // size
     accumulate = cfg.batch // size // micro_batch
@@ -464,7 +466,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
             torch.cuda.set_rng_state(resumed["rng"][rank]["cuda"])
     ddp = model
     if size > 1:  # all processes have the same weights already
-        ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     generator = torch.Generator()  # of the hard negatives
 
     # --- log
@@ -475,6 +477,8 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     }
     bounds = {name: bounds[name] for name in objectives}
     say("behind each loss: the least that label smoothing allows, and what knowing nothing gives")
+    if rank == 0 and not resumed and any(run.glob("step-*")):  # --overwrite: only now, when nothing has been refused
+        shutil.rmtree(run)
     log = Log(run, start, asdict(cfg), f"{device}, {precision}") if rank == 0 else None
     broken: dict[str, str] = {}
     pending, window_s = [], time.perf_counter()
@@ -489,7 +493,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
             generator.manual_seed(hash((cfg.seed, step, number)))
             is_last = number == accumulate - 1
             with nullcontext() if is_last or size == 1 else ddp.no_sync():
-                losses = ddp(batch, objectives, totals, generator)
+                losses = ddp(batch, objectives, totals, generator, hardness_at(step, cfg))
                 scaler.scale(sum(losses.values()) * size).backward()  # DDP takes the mean over the processes
             parts.append(torch.stack([losses[name].detach() for name in objectives]))
             for name, reason in batch.broken:

@@ -1,7 +1,7 @@
 """Makes the tiny frozen encoders that ship with the code: `python assets/make_tiny.py` writes assets/tiny/.
 
     vit    a ViT in DINOv2's layout that has learned attributes: [CLS] names size, colour and shape of what is in each
-           cell of the picture, every patch of what is in its own cell
+           cell of the picture; every patch, already after the second-last block, of what is in its own cell
     bert   a BERT that has learned to fill in masked words of captions, and by [CLS] which two captions mean the same
            (as sentence encoders like MiniLM learn; with masked words alone, [CLS] would mean nothing)
 
@@ -57,49 +57,56 @@ def optimize(model: nn.Module, loss_of_step, steps: int, lr: float) -> None:
 # --- the image encoder -----------------------------------------------------------------------------------------------
 
 SIZES, COLORS, SHAPES = tuple(shapes.SIZES), tuple(shapes.COLORS), shapes.SHAPES
+IGNORE = -100  # a label that counts for nothing
 
 
 def cell_labels(scene: shapes.Scene) -> Tensor:
-    """(9, 3): size, colour and shape in each cell; 0 where it is empty."""
-    labels = torch.zeros(9, 3, dtype=torch.long)
+    """(9, 3): size, colour and shape in each cell; an empty one has size 0, and no colour or shape to be named."""
+    labels = torch.tensor([[0, IGNORE, IGNORE]]).repeat(9, 1)
     for thing in scene:
-        what = SIZES.index(thing.size), COLORS.index(thing.color), SHAPES.index(thing.shape)
-        labels[3 * thing.row + thing.column] = torch.tensor(what) + 1
+        what = SIZES.index(thing.size) + 1, COLORS.index(thing.color), SHAPES.index(thing.shape)
+        labels[3 * thing.row + thing.column] = torch.tensor(what)
     return labels
 
 
-def make_vit(folder: Path, steps: int, batch: int = 128) -> None:
+def make_vit(folder: Path, steps: int, batch: int = 64) -> None:
     """Train and save the ViT; prints how often it names a whole unseen picture correctly."""
     cfg = ViTConfig(width=96, depth=6, heads=3, mlp=384, patch_size=8, image_size=PICTURE)
     vit = ViT(cfg)  # with its last block, which stage 1 will drop
-    counts = (len(SIZES) + 1, len(COLORS) + 1, len(SHAPES) + 1)
-    norm = nn.LayerNorm(cfg.width)
+    counts = (len(SIZES) + 1, len(COLORS), len(SHAPES))
+    norm, patch_norm = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
     all_cells, own_cell = nn.Linear(cfg.width, 9 * sum(counts)), nn.Linear(cfg.width, sum(counts))
-    model = nn.ModuleList([vit, norm, all_cells, own_cell])
+    model = nn.ModuleList([vit, norm, patch_norm, all_cells, own_cell])
+    second_last = []
+    vit.blocks[-2].register_forward_hook(lambda block, inputs, tokens: second_last.append(tokens))
     world = shapes.ShapesWorld("train", PICTURE)
     grid = PICTURE // cfg.patch_size
     third = (torch.arange(grid) + 0.5) * 3 // grid  # row or column of cells in which a patch's middle lies
     cell_of_patch = (3 * third[:, None] + third).flatten().long()
 
     def see(world: shapes.ShapesWorld, rows) -> tuple[Tensor, Tensor, Tensor]:
+        """-> what [CLS] says of the 9 cells, what each patch says of its own cell, the truth."""
         pictures = torch.stack([eval_transform(world.picture(row), PICTURE) for row in rows])
         labels = torch.stack([cell_labels(world.scene(row)) for row in rows])  # (B, 9, 3)
-        tokens = norm(vit(pictures))
-        return all_cells(tokens[:, 0]).unflatten(1, (9, sum(counts))), own_cell(tokens[:, 1:]), labels
+        by_cls = all_cells(norm(vit(pictures))[:, 0]).unflatten(1, (9, sum(counts)))
+        return by_cls, own_cell(patch_norm(second_last.pop()[:, 1:])), labels
 
     def loss_of_step(step: int) -> Tensor:
         by_cls, by_patches, labels = see(world, range((step - 1) * batch, step * batch))
         return sum(
-            F.cross_entropy(logits.flatten(0, 1), truth[:, :, i].flatten())
+            F.cross_entropy(logits.flatten(0, 1), truth[:, :, i].flatten(), ignore_index=IGNORE)
             for said, truth in ((by_cls, labels), (by_patches, labels[:, cell_of_patch]))
             for i, logits in enumerate(said.float().split(counts, dim=2))
         )
 
     optimize(model, loss_of_step, steps, lr=1e-3)
     with torch.no_grad():
-        by_cls, _, labels = see(shapes.ShapesWorld("val", PICTURE), range(500))
-        right = torch.stack([part.argmax(dim=2) for part in by_cls.split(counts, dim=2)], dim=2) == labels
-        print(f"vit: all of an unseen picture named correctly: {right.flatten(1).all(dim=1).float().mean():.1%}")
+        by_cls, by_patches, labels = see(shapes.ShapesWorld("val", PICTURE), range(500))
+        for who, said, truth in (("[CLS]", by_cls, labels), ("every patch", by_patches, labels[:, cell_of_patch])):
+            right = torch.stack([part.argmax(dim=2) for part in said.split(counts, dim=2)], dim=2) == truth
+            right |= truth == IGNORE
+            share = right.flatten(1).all(dim=1).float().mean()
+            print(f"vit: {who} names all it should of an unseen picture: {share:.1%}")
     tensors = unload(vit, DINOV2)
     tensors["layernorm.weight"], tensors["layernorm.bias"] = norm.weight.detach(), norm.bias.detach()
     tensors["embeddings.mask_token"] = torch.zeros(1, cfg.width)

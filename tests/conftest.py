@@ -16,12 +16,14 @@ from data import make_batch  # noqa: E402
 from qformer import QFormer, QFormerConfig  # noqa: E402
 from vit import ViT, ViTConfig  # noqa: E402
 
+torch.set_num_threads(1)  # the models are tiny: a second thread would only wait for the first
+
 TINY = ["--vit", str(ROOT / "assets/tiny/vit"), "--bert", str(ROOT / "assets/tiny/bert")]
 
 
 @pytest.fixture(autouse=True)
 def same_place_and_seed(monkeypatch):
-    """Tests run from the project's folder, without network, from a fixed seed, on two threads."""
+    """Tests run from the project's folder, without network, from a fixed seed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)

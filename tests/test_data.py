@@ -1,5 +1,6 @@
 """From files to batches: what comes in is checked, what comes out does not depend on processes, workers or order."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -83,6 +84,12 @@ def test_vocab_txt_will_do(tmp_path):
     assert Texts(tmp_path).encode(captions) == Texts(BERT).encode(captions)
 
 
+def test_texts_at_the_limit_are_counted(tmp_path):
+    path = write_photos(tmp_path, 2, captions=["a red circle", "a red circle left of a blue square"])
+    batches = TrainBatches(open_photos([str(path)], "train", 8), Texts(BERT, max_tokens=6), 8, seed=0)
+    assert [batches.__getitems__([(0, i)]).truncated for i in (0, 1)] == [0, 1]
+
+
 def test_padding_by_hand():
     ids, mask = pad([[2, 5, 3], [2, 3]], pad_id=0)
     assert ids.shape == (2, 8) and ids[1].tolist() == [2, 3, 0, 0, 0, 0, 0, 0]  # up to a multiple of 8
@@ -135,6 +142,17 @@ def test_crops_have_half_to_all_of_the_area_and_a_sane_shape(size):
         assert 3 / 4 - 1e-6 <= (right - left) / (bottom - top) <= 4 / 3 + 1e-6
         if size != (400, 20):  # too long for any: the middle
             assert 0.5 - 1e-6 <= (right - left) * (bottom - top) / (size[0] * size[1]) <= 1
+
+
+def test_training_sees_the_crop_and_evaluation_the_whole():
+    ramp = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, axis=0).repeat(3, axis=2))
+    for seed in range(20):
+        left, _, right, _ = random_crop(64, 64, np.random.default_rng(seed))
+        view = train_transform(ramp, 16, np.random.default_rng(seed), flip=False)
+        middle = 3 * ((left + right) / 2 - 0.5)  # pixel x is centred on x + 0.5 and has brightness 3 x
+        slope = 3 * (right - left) / 16
+        expected = middle + slope * (torch.arange(16) - 7.5)
+        assert (view[0, 8, 1:-1] - expected[1:-1]).abs().max() <= 1
 
 
 def test_half_of_the_pictures_are_mirrored_where_that_is_allowed():
@@ -221,7 +239,9 @@ def test_image_ids_are_of_the_photo_and_its_set(tmp_path):
     photos = open_photos([str(tmp_path / "one.json"), str(tmp_path / "two.json")], "train", 16)
     ids = [photos.image_id(i) for i in range(6)]
     assert ids[0] == ids[1] and len(set(ids)) == 4
-    assert ids[0] == 52117384361165 and torch.tensor(ids).dtype == torch.int64
+    key, part = hashlib.sha256(b"x.jpg").digest()[:6], 1  # 48 bits of the key, above them the number of the set
+    assert ids[0] == int.from_bytes(key, "big") and ids[3] == ids[0] + (part << 48)
+    assert torch.tensor(ids).dtype == torch.int64
 
 
 def test_held_out_photos_are_the_same_always_and_on_one_side_only(tmp_path):
@@ -252,11 +272,13 @@ def photos(tmp_path):
 
 
 def test_an_epoch_shows_each_photo_once_but_for_the_tail(photos):
-    s = sampler(photos)
+    s, orders = sampler(photos), []
     assert s.per_epoch == 10
     for epoch in range(2):
         seen = [index for samples in steps_of(s)[10 * epoch : 10 * epoch + 10] for _, index in samples]
         assert len(seen) == len(set(seen)) == 40
+        orders.append(seen)
+    assert len(set(orders[0]) ^ set(orders[1])) > 0  # another tail is dropped: it is another permutation
     positions = [position for samples in steps_of(s) for position, _ in samples]
     assert len(set(positions)) == 80
     assert steps_of(s) != steps_of(sampler(photos, seed=1))
@@ -318,12 +340,14 @@ def test_mixed_sets_all_take_part(tmp_path, photos):
 def test_unreadable_photos_are_named_skipped_and_replaced(tmp_path):
     path = write_photos(tmp_path)
     (tmp_path / "1.png").unlink()
-    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:40])
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:-30])  # in the middle of its pixels
     batches = TrainBatches(open_photos([str(path)], "train", 8), Texts(BERT), 8, seed=0)
     batch = batches.__getitems__([(0, 0), (1, 1)])
     assert [name.rsplit("/", 1)[1] for name, _ in batch.broken] == ["1.png", "2.png"]
     assert "does not exist" in batch.broken[0][1] and "broken or cut short" in batch.broken[1][1]
-    assert len(batch) == 2 and batch.images[1].float().mean() == 30  # photo 3 stands in
+    assert len(batch) == 2 and batch.images[1].float().mean() == 30  # photo 3 stands in, with its own caption and id
+    assert batches.texts.decode(batch.text_ids[1].tolist()) == "a red circle very very very big"
+    assert batch.image_ids.tolist() == [batches.photos.image_id(0), batches.photos.image_id(3)]
 
 
 def test_records_are_one_block_of_bytes():
@@ -339,3 +363,13 @@ def test_records_are_one_block_of_bytes():
     assert photos.captions(999) == ["a dog"] and photos.name(7).endswith("7.jpg")
     assert {type(value) for value in vars(photos).values()} == {np.ndarray, type(path)}
     assert sys.getsizeof(photos.bytes) < 1000 and photos.bytes.nbytes < 100_000
+
+
+def test_shapes_are_not_cropped_and_photos_are(tmp_path):
+    """A caption of the shapes world tells of every object and its place, so a crop would make it false."""
+    world = open_photos(["shapes"], "train", 32)
+    view = world.train_view(3, 32, np.random.default_rng(0))
+    assert torch.equal(view, eval_transform(world.picture(3), 32))
+    photos = open_photos([str(write_photos(tmp_path, 2))], "train", 32)
+    Image.effect_noise((40, 30), 50).save(tmp_path / "0.png")
+    assert not torch.equal(photos.train_view(0, 32, np.random.default_rng(0)), eval_transform(photos.picture(0), 32))

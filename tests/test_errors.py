@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT, TINY
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 from test_data import write_photos
 
@@ -103,10 +103,10 @@ def test_evaluation_needs_every_photo(tmp_path, capsys):
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
-    assert (tmp_path / "bomb.png").stat().st_size < 1_000_000
+    Image.new("1", (10_001, 10_000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was unpacked"))
     with pytest.raises(
-        UserError, match="bomb.png has 30000 x 30000 pixels, expected at most 100,000,000: resize it first"
+        UserError, match="bomb.png has 10001 x 10000 pixels, expected at most 100,000,000: resize it first"
     ):
         open_picture(tmp_path / "bomb.png")
 
@@ -269,10 +269,16 @@ def test_cuda_where_there_is_none(train_says):
 
 
 def test_an_existing_run_is_not_overwritten_by_accident(capsys, run):
+    """Nor by a command that asks for it and is then refused for something else."""
     before = (run / "model.safetensors").read_bytes()
     said = complaint(train.main, capsys, *TINY, "--out", str(run))
     assert "holds a run: pass --resume to go on with it, --out to start another, or --overwrite" in said
+    for wrong in (["--steps", "0"], ["--data", "nowhere.json"], ["--vit", "nowhere"], ["--precision", "int8"]):
+        complaint(train.main, capsys, *TINY, "--out", str(run), "--overwrite", *wrong)
     assert (run / "model.safetensors").read_bytes() == before
+    photos, small = str(run.parent / "a.json"), ["--batch", "2", "--queries", "2", "--image-size", "64"]
+    train.main([*TINY, "--out", str(run), "--overwrite", "--data", photos, "--steps", "2", "--keep", "2", *small])
+    assert [path.name for path in run.glob("step-*")] == ["step-000002"]
 
 
 def test_resuming_what_is_not_there_or_was_different(capsys, run, tmp_path, monkeypatch):

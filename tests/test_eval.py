@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_many, small_model
 
 from blip2 import Blip2
 from data import Texts, open_photos
-from eval import Gallery, gather_shards, main, retrieval, shard, table
+from eval import Gallery, gather_shards, main, report, retrieval, shard, table
 from metrics import chance, ranks, recalls, reranked_ranks
 
 SIZES = dict(vocab_size=Texts(ROOT / "assets/tiny/bert").vocab_size, max_positions=40)
@@ -22,7 +23,6 @@ def shapes_model(seed=0):
 def few(count=12, split="test"):
     photos = open_photos(["shapes"], split, 8)
     photos.chosen = photos.chosen[:count]
-    photos.parts[0].subsets = photos.parts[0].subsets[:count]
     return photos
 
 
@@ -118,6 +118,19 @@ def test_each_photo_is_encoded_once_and_each_needed_pair_judged_once():
     assert seen == {"vit": 12, "image_kv": 24, "pairs": int(wanted.sum())}  # keys once for ITC, once for ITM
 
 
+def test_twins_are_judged_however_far_apart_itc_has_put_them():
+    """Own caption against that of the picture with the swap: ITM's own verdict, not what re-ranking k = 1 left over."""
+    model, photos = shapes_model(), open_photos(["shapes"], "test", 8)
+    photos.chosen = np.flatnonzero([name == "swapped" for name in photos.parts[0].subsets])[:12]
+    with torch.no_grad():
+        _, *scores = brute_force(model, photos)
+    found = retrieval(model, photos, k=1)["twins"]
+    for name, score in zip(("itc", "itm"), scores, strict=True):
+        own = [score[i, i] > score[i, i ^ 1] for i in range(12)]  # 0 and 1, 2 and 3, ... are twins
+        assert found[name] == pytest.approx(100 * sum(own).item() / 12)
+    assert found["itm"] > 0
+
+
 def test_photos_with_several_captions_and_records(tmp_path):
     """Five captions a photo, in one record or in five: the same gallery."""
     from PIL import Image
@@ -210,6 +223,7 @@ def test_saved_model_opens_as_the_same_model(tmp_path):
     pictures = [open_photos(["shapes"], "val", 64).picture(i) for i in range(3)]
     assert torch.equal(model.itc_scores(pictures, ["a red circle"]), again.itc_scores(pictures, ["a red circle"]))
     config = json.loads((tmp_path / "run/config.json").read_text())
+    assert len({path.stat().st_mode for path in (tmp_path / "run").iterdir()}) == 1  # who may read one may read all
     assert (tmp_path / "run" / config["vit"]).resolve() == (ROOT / "assets/tiny/vit").resolve()
     assert not any(name.startswith("vit.") for name in model.trained_state())
 
@@ -223,6 +237,14 @@ def test_command_line_prints_a_table_and_writes_json(tmp_path, capsys):
     main(["retrieval", "--checkpoint", str(tmp_path), "--data", str(photos), "--out", str(tmp_path / "r.json")])
     assert "ITM re-ranks 128" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["itc"]["image_to_text"]["R@1"] == 100
+
+
+def test_shuffled_pictures_are_the_control():
+    """Scores that know every pair find all, and nothing when the captions belong to other pictures."""
+    result = report(Gallery(few(12)), torch.eye(12), None, 4)
+    assert result["itc"] == {way: {"R@1": 100, "R@5": 100, "R@10": 100} for way in result["itc"]}
+    assert [way["R@1"] for way in result["shuffled pictures"].values()] == [0, 0]
+    assert result["subsets"] == {"plain": result["itc"]} and result["mistakes"] == []
 
 
 def test_table_tells_everything():

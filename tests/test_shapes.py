@@ -1,13 +1,18 @@
 """The shapes world keeps its promises: the same everywhere, honest splits, captions that tell pictures apart."""
 
+import math
+
 import numpy as np
 import pytest
+from PIL import ImageColor
 
 from data import Texts
 from shapes import (
+    COLORS,
     HELD_OUT_PAIRS,
     HELD_OUT_WORDINGS,
     RELATIONS,
+    SIZES,
     TEST_SUBSETS,
     WORDINGS,
     ShapesWorld,
@@ -30,6 +35,26 @@ def test_a_picture_is_the_same_on_every_machine_and_in_any_order():
         world.captions(5)[0] == "a small purple circle at the center, "
         "a small blue square at the right and a small yellow triangle at the left"
     )
+
+
+def test_a_picture_shows_what_its_scene_says():
+    """Each object in its cell, in its colour, covering its share; nothing elsewhere."""
+    near = {name: min(COLORS, key=lambda css: math.dist(rgb, ImageColor.getrgb(css))) for name, rgb in COLORS.items()}
+    assert all(name == css for name, css in near.items())  # "red" is red
+    world = ShapesWorld("val", size=96)
+    drawn = {size: [] for size in SIZES}
+    for i in range(100):
+        pixels = np.asarray(world.picture(i)).astype(int)
+        cells = {(thing.row, thing.column): thing for thing in world.scene(i)}
+        for row, column in np.ndindex(3, 3):
+            cell = pixels[32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+            if (row, column) in cells:
+                thing = cells[row, column]
+                assert np.abs(cell[16, 16] - COLORS[thing.color]).max() <= 12  # the jitter of `draw`
+                drawn[thing.size].append((np.abs(cell - cell[16, 16]).max(axis=2) <= 12).mean())
+            else:
+                assert (cell[2:-2, 2:-2] == cell[16, 16, 0]).all()  # a neighbour's corner may touch the edge
+    assert max(drawn["small"]) < min(drawn["large"])
 
 
 def test_captions_of_a_scene():
