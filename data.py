@@ -204,6 +204,8 @@ class Annotations:
     they are kept as one block of bytes, which the loader's workers share instead of copying.
     """
 
+    neighbours = 1  # every photo stands for itself
+
     def __init__(self, path: str | Path, split: str = "train", images: str | Path | None = None):
         self.path, self.folder = Path(path), Path(images or Path(path).parent)
         lines = [json.dumps(record).encode() for record in self.check(read_records(self.path, split))]
@@ -325,6 +327,7 @@ class Mixture:
         self.cached = cached  # the frozen ViT's tokens of all photos of the parts, if they have been computed
         self.starts = np.cumsum([0] + [len(part) for part in parts])
         self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
+        self.neighbours = parts[0].neighbours if len(parts) == 1 else 1  # so many photos in a row belong together
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -516,7 +519,8 @@ class StepSampler(Sampler):
 
     Each epoch is a new permutation of the photos, cut into global batches; the tail is dropped. The captions of a
     global batch are of similar length (among those of WINDOW batches), so that almost no padding is computed: on
-    Flickr8k 16 tokens a text instead of 32. The order of the global batches is random again.
+    Flickr8k 16 tokens a text instead of 32. The order of the global batches is random again. The twins of the shapes
+    world stay together, so that ITC and ITM have to tell them apart.
     """
 
     WINDOW = 16
@@ -527,7 +531,7 @@ class StepSampler(Sampler):
         self.photos, self.seed, self.steps, self.start = photos, seed, steps, start
         self.batch, self.accumulate, self.rank, self.world = batch, accumulate, rank, world
         self.global_batch = batch * accumulate * world
-        self.per_epoch = len(photos) // self.global_batch
+        self.per_epoch = len(photos) // photos.neighbours * photos.neighbours // self.global_batch
         if self.per_epoch == 0:
             raise UserError(
                 f"{len(photos)} photos are fewer than one step's {self.global_batch} "
@@ -553,12 +557,16 @@ class StepSampler(Sampler):
     def window(self, epoch: int, window: int) -> list[list[tuple[int, int]]]:
         """The global batches of one window, in order, each of (position, index) pairs."""
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.photos))[: self.per_epoch * self.global_batch]
+        together = self.photos.neighbours
+        order = rng.permutation(len(self.photos) // together)[:, None] * together + np.arange(together)
+        order = order.flatten()[: self.per_epoch * self.global_batch]
         size = self.WINDOW * self.global_batch
         chosen = order[window * size : (window + 1) * size]
         first = epoch * len(self.photos) + window * size
         samples = [(first + place, int(index)) for place, index in enumerate(chosen)]
-        samples.sort(key=self.caption_length)
+        groups = [samples[i : i + together] for i in range(0, len(samples), together)]
+        groups.sort(key=lambda group: max(map(self.caption_length, group)))
+        samples = sum(groups, [])
         batches = [samples[i : i + self.global_batch] for i in range(0, len(samples), self.global_batch)]
         rng = np.random.default_rng([self.seed, epoch, window])
         return [batches[i] for i in rng.permutation(len(batches))]

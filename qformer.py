@@ -40,6 +40,7 @@ class QFormerConfig:
     cross_every: int = 2  # cross-attention in blocks 0, 2, 4, ...: "every other transformer block" (3.1)
     dropout: float = 0.1
     eps: float = 1e-12
+    init_std: float = 0.02  # of all new weights; BERT's `initializer_range`
 
 
 def qformer_mask(kind: str, text_mask: Tensor, num_queries: int) -> Tensor:
@@ -222,10 +223,10 @@ class QFormer(nn.Module):
         """BERT's N(0, 0.02), the queries too: at 0, the first norm would divide nothing by nothing."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0, 0.02)
+                module.weight.normal_(0, self.cfg.init_std)
             if isinstance(module, nn.Linear):
                 module.bias.zero_()
-        self.queries.normal_(0, 0.02)
+        self.queries.normal_(0, self.cfg.init_std)
 
     @property
     def dec_id(self) -> int:

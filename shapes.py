@@ -142,13 +142,17 @@ def draw_scene(rng: random.Random, held_out: bool = False, count: int | None = N
 
 
 def swapped(scene: Scene, rng: random.Random) -> Scene:
-    """Another meaning in almost the same words: the two objects change places, or colours."""
-    a, b = scene
+    """Another meaning in almost the same words: two objects change places, or colours; a single one moves."""
+    if len(scene) == 1:
+        (a,) = scene
+        return (a.moved(*rng.choice([(r, c) for r in range(3) for c in range(3) if (r, c) != (a.row, a.column)])),)
+    a, b, *others = scene
     if rng.random() < 0.5 or a.color == b.color:
-        return (a.moved(b.row, b.column), b.moved(a.row, a.column))
+        return (a.moved(b.row, b.column), b.moved(a.row, a.column), *others)
     return (
         Thing(a.size, b.color, a.shape, a.row, a.column),
         Thing(b.size, a.color, b.shape, b.row, b.column),
+        *others,
     )
 
 
@@ -218,7 +222,11 @@ OUTLINES = {
 
 
 class ShapesWorld:
-    """One split: pictures with captions and questions, by number."""
+    """One split: pictures with captions and questions, by number. In training, an odd picture is the twin of the one
+    before it (`swapped`): pictures 6 and 7 differ by a swap only, and so do their captions.
+    """
+
+    neighbours = 2  # so many pictures in a row belong together: a batch that has one shall have the other
 
     def __init__(self, split: str = "train", size: int = 64):
         if split not in SPLITS:
@@ -238,7 +246,15 @@ class ShapesWorld:
         """What picture number `index` shows."""
         if self.scenes is not None:
             return self.scenes[index]
-        rng = self.rng(index, "scene")
+        rng = self.rng(index // 2, "scene")
+        scene = self.draw_own(rng)
+        if index % 2 == 0:
+            return scene
+        twin = swapped(scene, rng)
+        return twin if split_of(twin) == self.split and not has_held_out_pair(twin) else self.draw_own(rng)
+
+    def draw_own(self, rng: random.Random) -> Scene:
+        """A scene of this split."""
         while split_of(scene := draw_scene(rng)) != self.split:
             pass
         return scene

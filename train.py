@@ -106,11 +106,11 @@ RECIPES = {
         steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, beta2=0.98, weight_decay=0.05, clip=1.0,
         negatives_ramp=0, image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
     ),
-    # For the shapes world over the tiny encoders: a few minutes on two CPU cores. Pictures that are hardly seen twice
-    # need no dropout; and in a run this short ITM has no time to lose on negatives too hard for it (README, Results).
+    # For the shapes world over the tiny encoders: a few minutes on two CPU cores. In a run this short ITM has no time
+    # to lose on negatives that are too hard for it (README, Results).
     "tiny": dict(
         steps=1350, batch=64, lr=2e-3, min_lr=1e-5, warmup=50, beta2=0.98, weight_decay=0.05, clip=1.0,
-        negatives_ramp=400, dropout=0.0, image_size=64, queries=8, embed_dim=64, eval_every=450, save_every=450,
+        negatives_ramp=400, image_size=64, queries=8, embed_dim=64, eval_every=450, save_every=450,
     ),
 }  # fmt: skip
 

@@ -611,6 +611,7 @@ def bert_config(folder: Path) -> dict:
         max_positions=config.get("max_position_embeddings", 512),
         dropout=config.get("hidden_dropout_prob", 0.1),
         eps=config.get("layer_norm_eps", 1e-12),
+        init_std=config.get("initializer_range", 0.02),
     )
 
 
