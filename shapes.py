@@ -222,8 +222,10 @@ OUTLINES = {
 
 
 class ShapesWorld:
-    """One split: pictures with captions and questions, by number. In training, an odd picture is the twin of the one
-    before it (`swapped`): pictures 6 and 7 differ by a swap only, and so do their captions.
+    """One split: pictures with captions and questions, by number.
+
+    In training, pictures 0 and 1, 4 and 5, 8 and 9, ... differ by a swap only, and so do their captions; the others are
+    on their own. With a twin for every picture, hard negatives would be twins always, and ITM would know nothing else.
     """
 
     neighbours = 2  # so many pictures in a row belong together: a batch that has one shall have the other
@@ -246,12 +248,11 @@ class ShapesWorld:
         """What picture number `index` shows."""
         if self.scenes is not None:
             return self.scenes[index]
-        rng = self.rng(index // 2, "scene")
-        scene = self.draw_own(rng)
-        if index % 2 == 0:
-            return scene
-        twin = swapped(scene, rng)
-        return twin if split_of(twin) == self.split and not has_held_out_pair(twin) else self.draw_own(rng)
+        if index % 4 != 1:
+            return self.draw_own(self.rng(index, "scene"))
+        twin = swapped(self.scene(index - 1), self.rng(index, "swap"))
+        fits = split_of(twin) == self.split and not has_held_out_pair(twin)
+        return twin if fits else self.draw_own(self.rng(index, "scene"))
 
     def draw_own(self, rng: random.Random) -> Scene:
         """A scene of this split."""

@@ -284,6 +284,13 @@ def test_an_epoch_shows_each_photo_once_but_for_the_tail(photos):
     assert steps_of(s) != steps_of(sampler(photos, seed=1))
 
 
+def test_the_twins_of_the_shapes_world_meet_in_one_batch():
+    """So that ITC and ITM have to tell "red circle above blue square" from "blue circle above red square"."""
+    for samples in steps_of(sampler(open_photos(["shapes"], "train", 8), batch=16, steps=5)):
+        indices = {index for _, index in samples}  # a twin is the next picture
+        assert len(indices) == 16 and all(index ^ 1 in indices for index in indices)
+
+
 @pytest.mark.parametrize("start", [1, 7, 10, 13])
 def test_a_resumed_sampler_goes_on_where_the_other_stopped(photos, start):
     assert steps_of(sampler(photos, start=start)) == steps_of(sampler(photos))[start:]

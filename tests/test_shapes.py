@@ -157,3 +157,16 @@ def test_bert_knows_every_word_and_no_caption_is_cut():
 def test_other_splits_are_refused():
     with pytest.raises(ValueError, match="train, val, test"):
         ShapesWorld("validation")
+
+
+def test_training_shows_twins_side_by_side():
+    """Pictures 4n and 4n + 1 differ by a swap: same sizes, shapes, colours, same places taken. Others do not."""
+    train, twins = ShapesWorld("train"), 0
+    assert all(meaning(train.scene(i)) != meaning(train.scene(i + 1)) for i in range(0, 400, 2))
+    for i in range(0, 800, 4):
+        one, other = train.scene(i), train.scene(i + 1)
+        same = [sorted(getattr(t, what) for t in one) == sorted(getattr(t, what) for t in other)
+                for what in ("size", "shape", "color")]  # fmt: skip
+        cells = [sorted((t.row, t.column) for t in scene) for scene in (one, other)]
+        twins += all(same) and (len(one) == 1 or cells[0] == cells[1])
+    assert twins > 150  # the others' twin is held out, or belongs to another split
