@@ -1,7 +1,7 @@
 """Makes the tiny frozen encoders that ship with the code: `python assets/make_tiny.py` writes assets/tiny/.
 
     vit    a ViT in DINOv2's layout that has learned attributes: [CLS] names size, colour and shape of what is in each
-           cell of the picture; every patch, already after the second-last block, where it is and what is there
+           cell of the picture; every patch, already after the second-last block, of what is in its own cell
     bert   a BERT that has learned to fill in masked words of captions, and by [CLS] which two captions mean the same
            (as sentence encoders like MiniLM learn; with masked words alone, [CLS] would mean nothing)
 
@@ -55,13 +55,6 @@ def optimize(model: nn.Module, loss_of_step, steps: int, lr: float) -> None:
             print(f"step {step}/{steps}  loss {loss.item():.4f}", flush=True)
 
 
-# N(0, 0.02), the usual start, suits a width of 768 or more. Here it would leave all signals so faint that BERT, for
-# 1,500 steps, took "red circle above blue square" and "blue circle above red square" for one.
-def init_std(width: int) -> float:
-    """Of the weights of a Linear that shall keep the size of what goes through it."""
-    return width**-0.5
-
-
 # --- the image encoder -----------------------------------------------------------------------------------------------
 
 SIZES, COLORS, SHAPES = tuple(shapes.SIZES), tuple(shapes.COLORS), shapes.SHAPES
@@ -82,13 +75,9 @@ def make_vit(folder: Path, steps: int, batch: int = 64) -> None:
     cfg = ViTConfig(width=96, depth=6, heads=3, mlp=384, patch_size=8, image_size=PICTURE)
     vit = ViT(cfg)  # with its last block, which stage 1 will drop
     counts = (len(SIZES) + 1, len(COLORS), len(SHAPES))
-    for module in vit.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, init_std(module.in_features))
     norm, patch_norm = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
     all_cells, own_cell = nn.Linear(cfg.width, 9 * sum(counts)), nn.Linear(cfg.width, sum(counts))
-    own_place = nn.Linear(cfg.width, 9)
-    model = nn.ModuleList([vit, norm, patch_norm, all_cells, own_cell, own_place])
+    model = nn.ModuleList([vit, norm, patch_norm, all_cells, own_cell])
     second_last = []
     vit.blocks[-2].register_forward_hook(lambda block, inputs, tokens: second_last.append(tokens))
     world = shapes.ShapesWorld("train", PICTURE)
@@ -96,18 +85,16 @@ def make_vit(folder: Path, steps: int, batch: int = 64) -> None:
     third = (torch.arange(grid) + 0.5) * 3 // grid  # row or column of cells in which a patch's middle lies
     cell_of_patch = (3 * third[:, None] + third).flatten().long()
 
-    def see(world: shapes.ShapesWorld, rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> what [CLS] says of the 9 cells, what each patch says of its own cell and of which it is, the truth."""
+    def see(world: shapes.ShapesWorld, rows) -> tuple[Tensor, Tensor, Tensor]:
+        """-> what [CLS] says of the 9 cells, what each patch says of its own cell, the truth."""
         pictures = torch.stack([eval_transform(world.picture(row), PICTURE) for row in rows])
         labels = torch.stack([cell_labels(world.scene(row)) for row in rows])  # (B, 9, 3)
         by_cls = all_cells(norm(vit(pictures))[:, 0]).unflatten(1, (9, sum(counts)))
-        patches = patch_norm(second_last.pop()[:, 1:])
-        return by_cls, own_cell(patches), own_place(patches), labels
+        return by_cls, own_cell(patch_norm(second_last.pop()[:, 1:])), labels
 
     def loss_of_step(step: int) -> Tensor:
-        by_cls, by_patches, places, labels = see(world, range((step - 1) * batch, step * batch))
-        loss = F.cross_entropy(places.float().flatten(0, 1), cell_of_patch.repeat(batch))
-        return loss + sum(
+        by_cls, by_patches, labels = see(world, range((step - 1) * batch, step * batch))
+        return sum(
             F.cross_entropy(logits.flatten(0, 1), truth[:, :, i].flatten(), ignore_index=IGNORE)
             for said, truth in ((by_cls, labels), (by_patches, labels[:, cell_of_patch]))
             for i, logits in enumerate(said.float().split(counts, dim=2))
@@ -115,7 +102,7 @@ def make_vit(folder: Path, steps: int, batch: int = 64) -> None:
 
     optimize(model, loss_of_step, steps, lr=1e-3)
     with torch.no_grad():
-        by_cls, by_patches, _, labels = see(shapes.ShapesWorld("val", PICTURE), range(500))
+        by_cls, by_patches, labels = see(shapes.ShapesWorld("val", PICTURE), range(500))
         for who, said, truth in (("[CLS]", by_cls, labels), ("every patch", by_patches, labels[:, cell_of_patch])):
             right = torch.stack([part.argmax(dim=2) for part in said.split(counts, dim=2)], dim=2) == truth
             right |= truth == IGNORE
@@ -185,7 +172,9 @@ def make_bert(folder: Path, steps: int, batch: int = 128) -> None:
         num_queries=1,
         image_width=1,
         dropout=0,
-        init_std=init_std(128),
+        # So a Linear keeps the size of what goes through it. The usual 0.02 does at a width of 768 and more; here words
+        # would be so faint that [CLS] took "red circle above blue square" and "blue circle above red square" for one.
+        init_std=128**-0.5,
     )
     bert = QFormer(cfg)
     place_by_waves(bert.position_embedding.weight, std=2 * cfg.init_std)
