@@ -220,7 +220,7 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """BERT's N(0, 0.02), the queries too: at 0, the first norm would divide nothing by nothing."""
+        """N(0, 0.02) as in BERT, the queries too: at 0, the first norm would divide nothing by nothing."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0, self.cfg.init_std)

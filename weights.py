@@ -457,8 +457,8 @@ BERT = Table(
         r".*position_ids": "a buffer that counts 0, 1, 2, ...",
     },
     fresh={
-        "queries": "the queries, N(0, 0.02)",
-        r"blocks\.\d+\.cross\..*": "cross-attention, N(0, 0.02)",
+        "queries": "the queries, drawn at random",
+        r"blocks\.\d+\.cross\..*": "cross-attention, drawn at random",
         r"blocks\.\d+\.ffn_query\..*": "the queries' feed-forward, copied from the text's",
         r"lm_head\..*": "LM head, which this checkpoint lacks",
     },
