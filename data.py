@@ -327,7 +327,8 @@ class Mixture:
         self.cached = cached  # the frozen ViT's tokens of all photos of the parts, if they have been computed
         self.starts = np.cumsum([0] + [len(part) for part in parts])
         self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
-        self.neighbours = parts[0].neighbours if len(parts) == 1 else 1  # so many photos in a row belong together
+        whole = len(parts) == 1 and chosen is None
+        self.neighbours = parts[0].neighbours if whole else 1  # so many photos in a row belong together
 
     def __len__(self) -> int:
         return len(self.chosen)

@@ -107,10 +107,10 @@ RECIPES = {
         negatives_ramp=0, image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
     ),
     # For the shapes world over the tiny encoders: a few minutes on two CPU cores. In a run this short ITM has no time
-    # to lose on negatives that are too hard for it (README, Results).
+    # to lose on negatives that are too hard for it (README, "Is my run healthy?").
     "tiny": dict(
-        steps=1200, batch=64, lr=1e-3, min_lr=1e-5, warmup=50, beta2=0.98, weight_decay=0.05, clip=1.0,
-        negatives_ramp=400, image_size=64, queries=8, embed_dim=64, eval_every=600, save_every=600,
+        steps=1150, batch=64, lr=1e-3, min_lr=1e-5, warmup=50, beta2=0.98, weight_decay=0.05, clip=1.0,
+        negatives_ramp=400, image_size=64, queries=8, embed_dim=64, eval_every=575, save_every=575,
     ),
 }  # fmt: skip
 

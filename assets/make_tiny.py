@@ -155,7 +155,7 @@ def place_by_waves(positions: nn.Parameter, std: float) -> None:
 
 
 def make_bert(folder: Path, steps: int, batch: int = 128) -> None:
-    """Train and save BERT: 15 % of a caption's words are masked and filled in. The Q-Former's text side is a BERT."""
+    """Train and save the Q-Former's text side, on masked words and on which two captions mean the same."""
     folder.mkdir(parents=True, exist_ok=True)
     words = vocabulary()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
