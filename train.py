@@ -106,11 +106,10 @@ RECIPES = {
         steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, beta2=0.98, weight_decay=0.05, clip=1.0,
         negatives_ramp=0, image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
     ),
-    # For the shapes world over the tiny encoders: a few minutes on two CPU cores. In a run this short ITM has no time
-    # to lose on negatives that are too hard for it (README, "Is my run healthy?").
+    # For the shapes world over the tiny encoders: a few minutes on two CPU cores.
     "tiny": dict(
-        steps=1150, batch=64, lr=1e-3, min_lr=1e-5, warmup=50, beta2=0.98, weight_decay=0.05, clip=1.0,
-        negatives_ramp=400, image_size=64, queries=8, embed_dim=64, eval_every=575, save_every=575,
+        steps=900, batch=64, lr=1e-3, min_lr=1e-5, warmup=50, beta2=0.98, weight_decay=0.05, clip=1.0,
+        negatives_ramp=100, image_size=64, queries=8, embed_dim=64, eval_every=450, save_every=450,
     ),
 }  # fmt: skip
 
@@ -233,6 +232,12 @@ def keep_memory() -> None:
 # --- what is printed -------------------------------------------------------------------------------------------------
 
 
+def say(*lines: str) -> None:
+    """Print, on the first process."""
+    if world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
+
 def parts_table(model: Blip2) -> str:
     """What the model consists of: parameters, how many are trained, in which dtype."""
     parts = {
@@ -252,7 +257,9 @@ def parts_table(model: Blip2) -> str:
     return "\n".join(lines)
 
 
-def memory_estimate(model: Blip2, micro_batch: int, objectives: list[str], text_tokens: int = 16) -> dict[str, float]:
+def memory_estimate(
+    model: Blip2, micro_batch: int, objectives: tuple[str, ...], text_tokens: int = 16
+) -> dict[str, float]:
     """Bytes of a training step by a rough count: weights, gradients and optimizer, what the backward pass keeps."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
@@ -276,6 +283,29 @@ def memory_estimate(model: Blip2, micro_batch: int, objectives: list[str], text_
         "gradients + AdamW": 3 * trained,
         "activations": micro_batch * kept * size,
     }
+
+
+def memory_line(model: Blip2, micro_batch: int, objectives: tuple[str, ...]) -> str:
+    """The estimate in one line."""
+    memory = memory_estimate(model, micro_batch, objectives)
+    parts = ", ".join(f"{name} {amount / 1e9:.2f}" for name, amount in memory.items())
+    return f"expected memory of a process {sum(memory.values()) / 1e9:.1f} GB ({parts})"
+
+
+def negatives_line(texts: int, accumulate: int) -> str:
+    """With how many texts ITC compares a picture."""
+    line = f"a picture is compared with {texts} texts at once: its own and {texts - 1} negatives"
+    return f"{line}; accumulating {accumulate} micro-batches adds none" if accumulate > 1 else line
+
+
+def loss_bounds(objectives: tuple[str, ...], texts: int, words: int) -> dict[str, tuple[float, float]]:
+    """Of each loss, the least that its label smoothing allows, and what it is when nothing is known."""
+    bounds = {
+        "itc": (smoothing_floor(texts), math.log(texts)),
+        "itm": (0.0, ITM_PRIOR),
+        "itg": (smoothing_floor(words), math.log(words)),
+    }
+    return {name: bounds[name] for name in objectives}
 
 
 def log_line(step: int, cfg: TrainConfig, row: dict, bounds: dict, eta: float) -> str:
@@ -350,8 +380,8 @@ def link(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def load_checkpoint(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[Path, dict, TrainConfig]:
-    """The run's newest checkpoint -> its folder, its train state, and the configuration it was started with.
+def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path, dict]:
+    """An old run -> the configuration it was started with, the folder of its newest checkpoint, its train state.
 
     Refuses flags that would make another run of it, and another number of processes.
     """
@@ -372,7 +402,20 @@ def load_checkpoint(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[Path,
             f"--resume: {run} was trained by {len(state['rng'])} processes, here are {world()[1]}: "
             f"start it with torchrun --nproc_per_node {len(state['rng'])}"
         )
-    return folders[-1], state, dataclasses.replace(saved, **{name: getattr(cfg, name) for name in given & MAY_CHANGE})
+    say(f"resuming {run} at step {state['step']}")
+    return dataclasses.replace(saved, **{name: getattr(cfg, name) for name in given & MAY_CHANGE}), folders[-1], state
+
+
+def restore(folder: Path, state: dict, model: Blip2, optimizer, scaler) -> tuple[float, float]:
+    """Put everything where it stood at a checkpoint -> the best score so far, the seconds trained so far."""
+    model.load_trained(folder)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    rng = state["rng"][world()[0]]
+    torch.set_rng_state(rng["cpu"])
+    if model.device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"])
+    return state["best"], state["trained_s"]
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -390,61 +433,31 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     start_processes()
     rank, size = world()
 
-    def say(*lines):
-        if rank == 0:
-            print(*lines, sep="\n", flush=True)
-
     # --- a new run, or an old one
-    run, resumed = Path(cfg.out), None
-    if cfg.resume:
-        folder, resumed, cfg = load_checkpoint(run, cfg, given)
-        say(f"resuming {run} at step {resumed['step']}")
-    else:
-        cfg, chosen = complete(cfg, given)
-        say(chosen)
-        if any(run.glob("step-*")) and not cfg.overwrite:
-            raise UserError(
-                f"{run} holds a run: pass --resume to go on with it, --out to start another, or --overwrite"
-            )
+    run = Path(cfg.out)
+    cfg, folder, resumed = resume(run, cfg, given) if cfg.resume else begin(run, cfg, given)
     check(cfg)
     objectives = tuple(cfg.losses.split(","))
     device = local_device(cfg.device)
     if device.type == "cpu":
         keep_memory()
         if size > 1:  # torchrun gives each process one thread; PyTorch or OMP_NUM_THREADS chooses those of a single one
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            torch.set_num_threads(max(1, cores()))
     precision, why = choose_precision(device, cfg.precision)
     micro_batch = cfg.micro_batch or cfg.batch // size
     accumulate = cfg.batch // size // micro_batch
 
     # --- model
     torch.manual_seed(cfg.seed)  # the same new weights on all processes
-    model, accounts = Blip2.build(
-        cfg.vit, cfg.bert, cfg.image_size, cfg.queries, cfg.cross_every, cfg.embed_dim, cfg.max_text_tokens,
-        cfg.last_block, cfg.dropout,
-    )  # fmt: skip
-    if "itm" not in objectives:
-        model.itm_head.requires_grad_(False)
-    if "itg" not in objectives:
-        model.qformer.lm_head.requires_grad_(False)
-    model.set_precision(precision, device).train()
-    say(*accounts, parts_table(model))
-    memory = memory_estimate(model, micro_batch, objectives)
-    say(
-        f"{device}, {size} process(es), {precision} because {why}; expected memory of a process "
-        f"{sum(memory.values()) / 1e9:.1f} GB ({', '.join(f'{k} {v / 1e9:.2f}' for k, v in memory.items())})"
-    )
-    say(
-        f"a picture is compared with {micro_batch * size} texts at once: its own and {micro_batch * size - 1} negatives"
-        + (f"; accumulating {accumulate} micro-batches adds none" if accumulate > 1 else "")
-    )
+    model = build_model(cfg, objectives).set_precision(precision, device).train()
+    say(f"{device}, {size} process(es), {precision} because {why}")
+    say(parts_table(model), memory_line(model, micro_batch, objectives), negatives_line(micro_batch * size, accumulate))
 
     # --- data
-    photos, val = open_data(cfg, model, run, say)
+    photos, val = open_data(cfg, model, run)
     workers = cfg.workers
     if workers < 0:  # pictures to decode keep workers busy; drawn shapes and cached features do not
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if photos.cached or cfg.data == ["shapes"] else min(8, max(1, cores - 1))
+        workers = 0 if photos.cached or cfg.data == ["shapes"] else min(8, max(1, cores() - 1))
     start = resumed["step"] if resumed else 0
     sampler = StepSampler(photos, cfg.seed, micro_batch, accumulate, cfg.steps, start, rank, size)
     say(f"{len(photos):,} training pictures, {sampler.per_epoch:,} steps an epoch, {workers} loader workers")
@@ -457,29 +470,18 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     best, trained_s = -1.0, 0.0
     torch.manual_seed(cfg.seed + rank)  # from here on: dropout
     if resumed:
-        model.load_trained(folder)
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        best, trained_s = resumed["best"], resumed["trained_s"]
-        torch.set_rng_state(resumed["rng"][rank]["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(resumed["rng"][rank]["cuda"])
+        best, trained_s = restore(folder, resumed, model, optimizer, scaler)
     ddp = model
     if size > 1:  # all processes have the same weights already
         ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     generator = torch.Generator()  # of the hard negatives
 
     # --- log
-    bounds = {
-        "itc": (smoothing_floor(micro_batch * size), math.log(micro_batch * size)),
-        "itm": (0.0, ITM_PRIOR),
-        "itg": (smoothing_floor(model.qformer.cfg.vocab_size), math.log(model.qformer.cfg.vocab_size)),
-    }
-    bounds = {name: bounds[name] for name in objectives}
+    bounds = loss_bounds(objectives, micro_batch * size, model.qformer.cfg.vocab_size)
     say("behind each loss: the least that label smoothing allows, and what knowing nothing gives")
     if rank == 0 and not resumed and any(run.glob("step-*")):  # --overwrite: only now, when nothing has been refused
         shutil.rmtree(run)
-    log = Log(run, start, asdict(cfg), f"{device}, {precision}") if rank == 0 else None
+    log = Log(run, start, asdict(cfg), f"{device}, {precision}")
     broken: dict[str, str] = {}
     pending, window_s = [], time.perf_counter()
 
@@ -519,9 +521,8 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
         for row in rows:
             row |= {"photos_per_s": speed, "gigabytes": gigabytes_used(device), "trained_s": trained_s}
         tell_broken(broken, len(photos))
-        if rank == 0:
-            log.write(*rows)
-            say(log_line(step, cfg, rows[-1], bounds, (cfg.steps - step) * cfg.batch / speed))
+        log.write(*rows)
+        say(log_line(step, cfg, rows[-1], bounds, (cfg.steps - step) * cfg.batch / speed))
         pending = []
 
         # --- validation and checkpoint
@@ -531,34 +532,28 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
             score = mean_recall(result)
             is_best, best = score > best, max(score, best)
             say(validation_lines(model, val, result, score, is_best))
-            if rank == 0:
-                log.write({"step": step, "validation": result, "mean_recall": score})
+            log.write({"step": step, "validation": result, "mean_recall": score})
         stopping = bool(all_sum(torch.tensor(float(stop.asked), device=device)))
         if saves or is_best or stopping:
-            state = {
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "best": best,
-                "trained_s": trained_s,
-            }
-            save_checkpoint(run, step, model, state, cfg, is_best)
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(run, step, model, {**state, "best": best, "trained_s": trained_s}, cfg, is_best)
         if stopping:
             say(f"stopped at step {step}, saved; go on with: python train.py --resume --out {run}")
             return None
         window_s = time.perf_counter()
 
     # --- the end
-    if (run / "best").exists():
-        model.load_trained(run / "best")
     say(f"trained in {clock(trained_s)}, without validation, checkpoints and caching")
     if cfg.data == ["shapes"]:
         val = open_photos(["shapes"], "test", cfg.image_size)
     if val is None:
         return None
+    if (run / "best").exists():
+        model.load_trained(run / "best")
     result = retrieval(model, val, match="itm" in objectives)
     if rank == 0:
         (run / "retrieval.json").write_text(json.dumps(result, indent=2) + "\n")
-        say(table(result))
+    say(table(result))
     return result
 
 
@@ -584,10 +579,15 @@ class StopAsked:
 
 
 class Log:
-    """log.jsonl: a header, a line a step, a line a validation. A resumed run forgets what came after its checkpoint."""
+    """log.jsonl: a header, a line a step, a line a validation. A resumed run forgets what came after its checkpoint.
+
+    The first process writes; on the others nothing happens.
+    """
 
     def __init__(self, run: Path, start: int, config: dict, machine: str):
         self.path = run / "log.jsonl"
+        if world()[0] > 0:
+            return
         run.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if start and self.path.exists() else []
         kept = [line for line in lines if json.loads(line).get("step", 0) <= start]
@@ -596,25 +596,53 @@ class Log:
 
     def write(self, *rows: dict) -> None:
         """Append."""
+        if world()[0] > 0:
+            return
         with open(self.path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def open_data(cfg: TrainConfig, model: Blip2, run: Path, say) -> tuple[Mixture, Mixture | None]:
+def cores() -> int:
+    """Of this machine, the share of each of its processes."""
+    return (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def begin(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, None, None]:
+    """A new run: the recipe fills in what was not given. What `resume` returns, of which there is nothing yet."""
+    cfg, chosen = complete(cfg, given)
+    say(chosen)
+    if any(run.glob("step-*")) and not cfg.overwrite:
+        raise UserError(f"{run} holds a run: pass --resume to go on with it, --out to start another, or --overwrite")
+    return cfg, None, None
+
+
+def build_model(cfg: TrainConfig, objectives: tuple[str, ...]) -> Blip2:
+    """The untrained model; parts that no loss reaches are not trained."""
+    model, accounts = Blip2.build(
+        cfg.vit, cfg.bert, cfg.image_size, cfg.queries, cfg.cross_every, cfg.embed_dim, cfg.max_text_tokens,
+        cfg.last_block, cfg.dropout,
+    )  # fmt: skip
+    say(*accounts)
+    model.itm_head.requires_grad_("itm" in objectives)
+    model.qformer.lm_head.requires_grad_("itg" in objectives)
+    return model
+
+
+def open_data(cfg: TrainConfig, model: Blip2, run: Path) -> tuple[Mixture, Mixture | None]:
     """The photos to train on, and those to validate on if there are any; with cached features if asked for."""
     photos, val = open_photos(cfg.data, "train", cfg.image_size, cfg.images), None
     if cfg.cache_features:
-        photos.cached = cache_tokens(model, photos, run.parent / "features", cfg.workers, say)
+        photos.cached = cache_tokens(model, photos, run.parent / "features", cfg.workers)
     if cfg.val_photos:
         photos, val = photos.held_out(cfg.val_photos)
     elif cfg.val_data or cfg.data == ["shapes"]:
         val = open_photos([cfg.val_data or "shapes"], "val", cfg.image_size, cfg.images)
         if cfg.cache_features:
-            val.cached = cache_tokens(model, val, run.parent / "features", cfg.workers, say)
+            val.cached = cache_tokens(model, val, run.parent / "features", cfg.workers)
     return photos, val
 
 
-def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int, say) -> CachedTokens:
+def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int) -> CachedTokens:
     """The frozen ViT's tokens of all photos, evaluation transform, fp16: from the file, or computed into it once.
 
     The file's name is a hash of the ViT, the transform and the photos, so it is never mistaken for another. Each

@@ -302,6 +302,35 @@ def torchrun(processes, out, *flags):
     return rows(out)
 
 
+def test_gradients_are_clipped_before_the_step(tmp_path, run_train):
+    """The log has the norm before clipping. AdamW's first step forgets the scale, so it is the moments that tell."""
+    (row,) = run_train(tmp_path / "run", "--steps", "1", "--clip", "0.01", "--save-every", "1")
+    state = torch.load(tmp_path / "run/train_state.pt", weights_only=True)["optimizer"]["state"]
+    first = torch.stack([moments["exp_avg"].norm() for moments in state.values()]).norm()
+    assert row["norm"] > 1 and first.item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # (1 - beta1) * the clipped norm
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_a_cuda_card_computes_what_the_processor_does():
+    """Losses and gradients in fp32; in bf16 with the frozen ViT in fp16 (paper 3.4) the losses are close."""
+    reference, batch = small_model(), random_batch(6)
+    model = small_model().set_precision("fp32", "cuda")
+    losses = []
+    for m, b in ((reference, batch), (model, batch.to("cuda"))):
+        losses.append(m.stage1_losses(b, generator=torch.Generator().manual_seed(3)))
+        sum(losses[-1].values()).backward()
+    for name, loss in losses[0].items():
+        assert losses[1][name].item() == pytest.approx(loss.item(), rel=1e-4)
+    for (name, cpu), (_, cuda) in zip(reference.named_parameters(), model.named_parameters(), strict=True):
+        if cpu.grad is not None:
+            torch.testing.assert_close(cuda.grad.cpu(), cpu.grad, rtol=1e-3, atol=1e-5, msg=name)
+    half = small_model().set_precision("bf16", "cuda")
+    assert next(half.vit.parameters()).dtype == torch.float16
+    for name, loss in half.stage1_losses(batch.to("cuda"), generator=torch.Generator().manual_seed(3)).items():
+        assert loss.item() == pytest.approx(losses[0][name].item(), rel=0.1)
+
+
 @pytest.mark.parametrize("objectives", ["itc,itm,itg", "itc"])
 def test_two_processes_train_like_one(tmp_path, run_train, objectives):
     """With dropout off: the same pictures, captions and negatives, the same losses, the same weights."""
