@@ -1,8 +1,8 @@
 """The shapes world: pictures drawn by Pillow, their captions, and questions with answers. No download, endless.
 
-A picture shows 1 to 3 objects in the cells of a 3 x 3 grid. An object has a size, a colour and a shape. One object
-is told with its place, two by their relation (they share a row or a column), three with their places. Picture number
-i of a split is the same on every machine.
+A picture shows 1 to 3 objects, each in a quarter of its own. An object has a size, a colour and a shape. One object is
+told with its place, two by their relation (they stand side by side or one above the other), three with their places.
+Picture number i of a split is the same on every machine.
 
 What keeps it honest: some colour-shape pairs and some wordings occur in the test split only, never in training, nor
 in the text and pictures that the tiny encoders were made from (assets/make_tiny.py). Scenes of the test and
@@ -11,7 +11,7 @@ validation splits never occur in training. The captions of a test or validation 
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
@@ -27,11 +27,8 @@ COLORS = {
     "white": (252, 252, 252),
 }
 SIZES = {"small": 0.42, "large": 0.9}  # radius, as a share of half a cell
-PLACES = (
-    ("top left", "top", "top right"),
-    ("left", "center", "right"),
-    ("bottom left", "bottom", "bottom right"),
-)
+PLACES = (("top left", "top right"), ("bottom left", "bottom right"))  # by row and column
+CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))  # the quarters: (row, column)
 HELD_OUT_PAIRS = {
     ("red", "star"),
     ("green", "circle"),
@@ -43,17 +40,29 @@ HELD_OUT_PAIRS = {
 
 # {a}, {b}, {c} are objects, {at_a} ... their places, {rel} the relation of a to b and {inv} that of b to a.
 WORDINGS = {
-    1: ("{a} at the {at_a}", "there is {a} at the {at_a}", "at the {at_a} there is {a}"),
-    2: ("{a} {rel} {b}", "{b} {inv} {a}", "there is {a} {rel} {b}", "a picture of {b} {inv} {a}"),
+    1: (
+        "{a} at the {at_a}",
+        "there is {a} at the {at_a}",
+        "at the {at_a} there is {a}",
+        "a picture of {a} at the {at_a}",
+    ),
+    2: (
+        "{a} {rel} {b}",
+        "{b} {inv} {a}",
+        "there is {a} {rel} {b}",
+        "a picture of {b} {inv} {a}",
+    ),
     3: (
         "{a} at the {at_a}, {b} at the {at_b} and {c} at the {at_c}",
+        "there is {c} at the {at_c}, {a} at the {at_a}, {b} at the {at_b}",
         "at the {at_b} there is {b}, at the {at_c} {c} and at the {at_a} {a}",
-        "three shapes: {c} at the {at_c}, {a} at the {at_a}, {b} at the {at_b}",
+        "three shapes: {a} at the {at_a}, {b} at the {at_b}, {c} at the {at_c}",
     ),
 }
+# The words of training, put together in another way.
 HELD_OUT_WORDINGS = {
-    1: ("a picture with {a} at the {at_a}",),
-    2: ("{rel} {b} there is {a}",),
+    1: ("there is at the {at_a} {a}",),
+    2: ("there is a picture of {b} {inv} {a}",),
     3: ("a picture of {b} at the {at_b}, {c} at the {at_c}, {a} at the {at_a}",),
 }
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -83,10 +92,6 @@ class Thing:
         """ "top left"."""
         return PLACES[self.row][self.column]
 
-    def moved(self, row: int, column: int) -> "Thing":
-        """The same object in another cell."""
-        return Thing(self.size, self.color, self.shape, row, column)
-
 
 Scene = tuple[Thing, ...]
 
@@ -109,10 +114,10 @@ def meaning(scene: Scene) -> tuple:
 def split_of(scene: Scene) -> str:
     """Train, val or test: decided by what is in the scene, not by how it is arranged.
 
-    So no scene is in two splits, nor is one that differs by a swap of places or colours.
+    So no scene is in two splits, nor is one that differs by what `swapped` does.
     """
     parts = sorted((thing.size, thing.shape) for thing in scene), sorted(thing.color for thing in scene)
-    where = scene[0].row == scene[1].row if len(scene) == 2 else sorted(thing.place for thing in scene)
+    where = {1: None, 2: scene[0].row == scene[-1].row, 3: sorted(thing.place for thing in scene)}[len(scene)]
     share = hashlib.sha256(repr((parts, where)).encode()).digest()[0] % 20
     return {0: "val", 1: "test", 2: "test"}.get(share, "train")
 
@@ -122,38 +127,47 @@ def has_held_out_pair(scene: Scene) -> bool:
     return any((thing.color, thing.shape) in HELD_OUT_PAIRS for thing in scene)
 
 
+def can_be_told(scene: Scene) -> bool:
+    """No two objects look alike; two share a row or a column, so that there is one relation to tell."""
+    diagonal = len(scene) == 2 and scene[0].row != scene[1].row and scene[0].column != scene[1].column
+    return len({thing.words for thing in scene}) == len(scene) and not diagonal
+
+
 def draw_scene(rng: random.Random, held_out: bool = False, count: int | None = None) -> Scene:
     """A scene of any split. held_out: with at least one held-out pair; otherwise without any."""
+    n = count or rng.choice((1, 2, 2, 3))
     while True:
-        n = count or rng.choice((1, 2, 2, 3))
-        cells = [(row, column) for row in range(3) for column in range(3)]
-        if n == 2:  # in line, so that there is one relation to tell
-            a = rng.choice(cells)
-            b = rng.choice([cell for cell in cells if cell != a and (cell[0] == a[0] or cell[1] == a[1])])
-            cells = [a, b]
-        else:
-            cells = rng.sample(cells, n)
         scene = tuple(
-            Thing(rng.choice(tuple(SIZES)), rng.choice(tuple(COLORS)), rng.choice(SHAPES), *cell) for cell in cells
+            Thing(rng.choice(tuple(SIZES)), rng.choice(tuple(COLORS)), rng.choice(SHAPES), *cell)
+            for cell in rng.sample(CELLS, n)
         )
-        distinct = len({(thing.size, thing.color, thing.shape) for thing in scene}) == n
-        if has_held_out_pair(scene) == held_out and distinct:
+        if has_held_out_pair(scene) == held_out and can_be_told(scene):
             return scene
 
 
 def swapped(scene: Scene, rng: random.Random) -> Scene:
-    """Another meaning in almost the same words: two objects change places, or colours; a single one moves."""
+    """Another meaning in the same words: two objects change places, or colours; a single one moves."""
     if len(scene) == 1:
         (a,) = scene
-        return (a.moved(*rng.choice([(r, c) for r in range(3) for c in range(3) if (r, c) != (a.row, a.column)])),)
+        row, column = rng.choice([cell for cell in CELLS if cell != (a.row, a.column)])
+        return (replace(a, row=row, column=column),)
     a, b, *others = scene
     if rng.random() < 0.5 or a.color == b.color:
-        return (a.moved(b.row, b.column), b.moved(a.row, a.column), *others)
-    return (
-        Thing(a.size, b.color, a.shape, a.row, a.column),
-        Thing(b.size, a.color, b.shape, b.row, b.column),
-        *others,
-    )
+        return (replace(a, row=b.row, column=b.column), replace(b, row=a.row, column=a.column), *others)
+    return (replace(a, color=b.color), replace(b, color=a.color), *others)
+
+
+def altered(scene: Scene, rng: random.Random) -> Scene:
+    """Another meaning by one word or two: one object has another size, colour, shape or place."""
+    number, what = rng.randrange(len(scene)), rng.choice(("size", "color", "shape", "place"))
+    thing, taken = scene[number], {(thing.row, thing.column) for thing in scene}
+    if what == "place":
+        row, column = rng.choice([cell for cell in CELLS if cell not in taken])
+        other = replace(thing, row=row, column=column)
+    else:
+        values = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}[what]
+        other = replace(thing, **{what: rng.choice([value for value in values if value != getattr(thing, what)])})
+    return (*scene[:number], other, *scene[number + 1 :])
 
 
 def captions(scene: Scene, held_out: bool = False) -> list[str]:
@@ -190,7 +204,7 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
 def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
     """The picture, size x size RGB: on a plain light grey, each object a little off its cell's centre."""
     scale = 2  # drawn larger and reduced, for smooth edges
-    cell = size * scale / 3
+    cell = size * scale / 2
     picture = Image.new("RGB", (size * scale, size * scale), (rng.randint(150, 205),) * 3)
     canvas = ImageDraw.Draw(picture)
     for thing in scene:
@@ -224,8 +238,8 @@ OUTLINES = {
 class ShapesWorld:
     """One split: pictures with captions and questions, by number.
 
-    In training, pictures 0 and 1, 4 and 5, 8 and 9, ... differ by a swap only, and so do their captions; the others are
-    on their own. With a twin for every picture, hard negatives would be twins always, and ITM would know nothing else.
+    In training, pictures 0 and 1, 2 and 3, ... are twins: they differ by a swap, or in one thing. Without twins hardly
+    any batch would hold such a pair, and a model would learn roughly which words occur, and nothing of their order.
     """
 
     neighbours = 2  # so many pictures in a row belong together: a batch that has one shall have the other
@@ -248,14 +262,14 @@ class ShapesWorld:
         """What picture number `index` shows."""
         if self.scenes is not None:
             return self.scenes[index]
-        if index % 4 != 1:
-            return self.draw_own(self.rng(index, "scene"))
-        twin = swapped(self.scene(index - 1), self.rng(index, "swap"))
-        fits = split_of(twin) == self.split and not has_held_out_pair(twin)
-        return twin if fits else self.draw_own(self.rng(index, "scene"))
-
-    def draw_own(self, rng: random.Random) -> Scene:
-        """A scene of this split."""
+        if index % 2 == 1:
+            scene, rng = self.scene(index - 1), self.rng(index, "twin")
+            while True:
+                twin = rng.choice((swapped, altered))(scene, rng)
+                fits = can_be_told(twin) and split_of(twin) == self.split and not has_held_out_pair(twin)
+                if fits and meaning(twin) != meaning(scene):
+                    return twin
+        rng = self.rng(index, "scene")
         while split_of(scene := draw_scene(rng)) != self.split:
             pass
         return scene

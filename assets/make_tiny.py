@@ -1,7 +1,7 @@
 """Makes the tiny frozen encoders that ship with the code: `python assets/make_tiny.py` writes assets/tiny/.
 
     vit    a ViT in DINOv2's layout that has learned attributes: [CLS] names size, colour and shape of what is in each
-           cell of the picture; every patch, already after the second-last block, of what is in its own cell
+           quarter of the picture; every patch, already after the second-last block, of what is in its own quarter
     bert   a BERT that has learned to fill in masked words of captions, and by [CLS] which two captions mean the same
            (as sentence encoders like MiniLM learn; with masked words alone, [CLS] would mean nothing)
 
@@ -62,11 +62,11 @@ IGNORE = -100  # a label that counts for nothing
 
 
 def cell_labels(scene: shapes.Scene) -> Tensor:
-    """(9, 3): size, colour and shape in each cell; an empty one has size 0, and no colour or shape to be named."""
-    labels = torch.tensor([[0, IGNORE, IGNORE]]).repeat(9, 1)
+    """(4, 3): size, colour and shape in each cell; an empty one has size 0, and no colour or shape to be named."""
+    labels = torch.tensor([[0, IGNORE, IGNORE]]).repeat(len(shapes.CELLS), 1)
     for thing in scene:
         what = SIZES.index(thing.size) + 1, COLORS.index(thing.color), SHAPES.index(thing.shape)
-        labels[3 * thing.row + thing.column] = torch.tensor(what)
+        labels[shapes.CELLS.index((thing.row, thing.column))] = torch.tensor(what)
     return labels
 
 
@@ -76,24 +76,25 @@ def make_vit(folder: Path, steps: int, batch: int = 64) -> None:
     vit = ViT(cfg)  # with its last block, which stage 1 will drop
     counts = (len(SIZES) + 1, len(COLORS), len(SHAPES))
     norm, patch_norm = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
-    all_cells, own_cell = nn.Linear(cfg.width, 9 * sum(counts)), nn.Linear(cfg.width, sum(counts))
+    all_cells, own_cell = nn.Linear(cfg.width, len(shapes.CELLS) * sum(counts)), nn.Linear(cfg.width, sum(counts))
     model = nn.ModuleList([vit, norm, patch_norm, all_cells, own_cell])
     second_last = []
     vit.blocks[-2].register_forward_hook(lambda block, inputs, tokens: second_last.append(tokens))
     world = shapes.ShapesWorld("train", PICTURE)
     grid = PICTURE // cfg.patch_size
-    third = (torch.arange(grid) + 0.5) * 3 // grid  # row or column of cells in which a patch's middle lies
-    cell_of_patch = (3 * third[:, None] + third).flatten().long()
+    half = torch.arange(grid) // (grid // 2)  # the row or column of cells that a patch lies in
+    cell_of_patch = (2 * half[:, None] + half).flatten()
 
     def see(world: shapes.ShapesWorld, rows) -> tuple[Tensor, Tensor, Tensor]:
-        """-> what [CLS] says of the 9 cells, what each patch says of its own cell, the truth."""
+        """-> what [CLS] says of the 4 cells, what each patch says of its own cell, the truth."""
         pictures = torch.stack([eval_transform(world.picture(row), PICTURE) for row in rows])
-        labels = torch.stack([cell_labels(world.scene(row)) for row in rows])  # (B, 9, 3)
-        by_cls = all_cells(norm(vit(pictures))[:, 0]).unflatten(1, (9, sum(counts)))
+        labels = torch.stack([cell_labels(world.scene(row)) for row in rows])  # (B, 4, 3)
+        by_cls = all_cells(norm(vit(pictures))[:, 0]).unflatten(1, (len(shapes.CELLS), sum(counts)))
         return by_cls, own_cell(patch_norm(second_last.pop()[:, 1:])), labels
 
     def loss_of_step(step: int) -> Tensor:
-        by_cls, by_patches, labels = see(world, range((step - 1) * batch, step * batch))
+        rows = 2 * torch.arange((step - 1) * batch, step * batch)  # the even ones: a twin shows nothing new to a ViT
+        by_cls, by_patches, labels = see(world, rows.tolist())
         return sum(
             F.cross_entropy(logits.flatten(0, 1), truth[:, :, i].flatten(), ignore_index=IGNORE)
             for said, truth in ((by_cls, labels), (by_patches, labels[:, cell_of_patch]))
@@ -236,7 +237,7 @@ def save(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["vit", "bert"], help="make one of the two")
-    parser.add_argument("--vit-steps", type=int, default=4000)
+    parser.add_argument("--vit-steps", type=int, default=2000)
     parser.add_argument("--bert-steps", type=int, default=1200)
     parser.add_argument("--out", type=Path, default=HERE / "tiny")
     args = parser.parse_args()
