@@ -12,6 +12,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from losses import (
     world,
 )
 from qformer import CaptionDecoder, ImageKV, Prefix, QFormer, QFormerConfig
-from vit import ViT
+from vit import PRESETS, ViT
 
 OBJECTIVES = ("itc", "itm", "itg")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +86,7 @@ class Blip2(nn.Module):
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(width, embed_dim)
         self.itm_head = nn.Linear(width, 2)  # column 1 = match
-        self.temperature = nn.Parameter(torch.tensor(0.07))  # learned, divides
+        self.temperature = nn.Parameter(torch.tensor(0.07))  # learned, divides; train.py keeps it within bounds
         self.amp_dtype: torch.dtype | None = None  # of the products in the trained part; None is fp32
         vit.requires_grad_(False).eval()
 
@@ -116,10 +117,15 @@ class Blip2(nn.Module):
                 f"{bert} has a tokenizer of {texts.vocab_size - 1} words and weights of {qformer.cfg.vocab_size - 1}, "
                 "expected the same: use the tokenizer that the weights were trained with"
             )
-        if image_size % encoder.cfg.patch_size:
+        patch, longest = encoder.cfg.patch_size, qformer.cfg.max_positions // 8 * 8  # `pad` rounds up to 8
+        if image_size % patch or image_size < patch:
             raise UserError(
-                f"--image-size {image_size} is no multiple of the patch size {encoder.cfg.patch_size} of {vit}: "
-                f"pass --image-size {round(image_size / encoder.cfg.patch_size) * encoder.cfg.patch_size}"
+                f"--image-size {image_size} is no multiple of the patch size {patch} of {vit}: "
+                f"pass --image-size {max(1, round(image_size / patch)) * patch}"
+            )
+        if not 3 <= max_text_tokens <= longest:
+            raise UserError(
+                f"got --max-text-tokens {max_text_tokens}, expected 3 to {longest}, the positions that {bert} has"
             )
         sources = {"vit": vit, "vit_files": vit_files, "last_block": last_block, "bert": bert}
         model = cls(encoder, qformer, texts, image_size, embed_dim, sources=sources)
@@ -166,6 +172,11 @@ class Blip2(nn.Module):
                 f"{spec} holds other weights than {folder} was trained over: pass --vit with the right ones, "
                 f'or take "vit_sha256" out of {folder}/config.json if you know that they are as good'
             )
+        if spec in PRESETS and not files:
+            raise UserError(
+                f"{folder} was trained over a ViT of random weights ({spec}), which no file holds: "
+                "pass --vit with real ones, or train again"
+            )
         qformer = QFormer(QFormerConfig(**config["qformer"]))
         sources = {"vit": spec, "vit_files": files, "last_block": config["last_block"], "bert": config["bert"]}
         model = cls(
@@ -188,6 +199,8 @@ class Blip2(nn.Module):
         if vit is None or bert is None:
             raise UserError(f"{path} does not say its architecture: pass --vit eva-g:eva_vit_g.pth and --bert FOLDER")
         tensors = weights.open_tensors([path])
+        if any(key.startswith("visual_encoder.") for key in tensors):
+            raise UserError(f"{path} holds a ViT that was fine-tuned with it, expected a checkpoint of stage 1")
         encoder, _, files = weights.load_vit(vit)
         sizes = dict(image_width=encoder.cfg.width)
         if "query_tokens" in tensors:
@@ -225,11 +238,11 @@ class Blip2(nn.Module):
 
     def write_config(self, folder: Path, home: str | Path | None = None, **extra) -> None:
         """config.json of `save_pretrained`."""
-        home, files = Path(home or folder), self.sources.get("vit_files", [])
+        home = Path(home or folder)
         config = {
             "model": "blip2",
             "vit": relative(self.sources.get("vit", ""), home),
-            "vit_sha256": weights.sha256(files) if files else None,
+            "vit_sha256": self.vit_sha256,
             "last_block": self.sources.get("last_block", False),
             "bert": relative(self.sources.get("bert", ""), home),  # where the Q-Former started; not needed any more
             "image_size": self.image_size,
@@ -259,6 +272,12 @@ class Blip2(nn.Module):
         super().train(mode)
         self.vit.eval()
         return self
+
+    @cached_property
+    def vit_sha256(self) -> str | None:
+        """A hash of the frozen encoder's files; None if it came from none."""
+        files = self.sources.get("vit_files")
+        return weights.sha256(files) if files else None
 
     @property
     def device(self) -> torch.device:
@@ -326,8 +345,7 @@ class Blip2(nn.Module):
             feats_all = all_gather(feats)  # (N, Q+1, E), with gradient
             positives = batch.image_ids[:, None] == all_gather(batch.image_ids)  # (B, N): of one photo
             sim_i2t, sim_t2i = itc_similarity(
-                *(feats[:, :-1], feats[:, -1], feats_all[:, :-1], feats_all[:, -1]),
-                self.temperature.clamp(0.001, 0.5),
+                feats[:, :-1], feats[:, -1], feats_all[:, :-1], feats_all[:, -1], self.temperature
             )
             losses = {"itc": itc_loss(sim_i2t, sim_t2i, positives, totals["itc"])}
             if "itm" in objectives:
@@ -390,6 +408,7 @@ class Blip2(nn.Module):
     @torch.no_grad()
     def encode_tokens(self, tokens: Tensor) -> EncodedImages:
         """The frozen ViT's tokens (N, P, V), just computed or from a cache -> features."""
+        tokens = tokens.to(self.device)
         with self.autocast():
             query_out = self.qformer.encode_queries(self.image_kv(tokens))
             return EncodedImages(tokens, query_out.float(), self.image_feats(query_out))
@@ -474,6 +493,11 @@ def local_device(wanted: str = "auto") -> torch.device:
         if not torch.cuda.is_available():
             raise UserError(
                 "--device cuda, but PyTorch sees no CUDA card here: pass --device cpu, or install a CUDA build"
+            )
+        if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+            raise UserError(
+                f"here are {torch.cuda.device_count()} CUDA cards for {os.environ['LOCAL_WORLD_SIZE']} processes: "
+                f"pass torchrun --nproc_per_node {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)

@@ -42,7 +42,8 @@ def say_sentence(main) -> int:
         main()
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sentence = str(error).rpartition("UserError: ")[2].strip()  # a loader's worker wraps it in its traceback
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
 
 
@@ -73,6 +74,7 @@ def open_picture(path: str | Path) -> Image.Image:
         if width * height > MAX_PIXELS:
             raise UserError(f"{path} has {width} x {height} pixels, expected at most {MAX_PIXELS:,}: resize it first")
         picture.load()
+        return to_rgb(picture)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: check the name, or pass --images with the folder of the photos"
@@ -81,7 +83,6 @@ def open_picture(path: str | Path) -> Image.Image:
         raise UserError(f"{path} is not a picture that Pillow knows: convert it to JPEG or PNG") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"{path} is broken or cut short ({error}): copy it again, or take its record out") from None
-    return to_rgb(picture)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -224,7 +225,8 @@ class Annotations:
             if not captions or not all(isinstance(caption, str) and clean_caption(caption) for caption in captions):
                 problems.append(f"record {number} ({record['image']}) has an empty caption: write one, or take it out")
                 continue
-            yield record["image"], captions, str(record.get("image_id", record["image"]))
+            image_id = record.get("image_id")
+            yield record["image"], captions, str(record["image"] if image_id is None else image_id)
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise UserError(f"{self.path}: {'; '.join(problems[:3])}{more}")
@@ -267,29 +269,24 @@ class Annotations:
 
 
 def read_records(path: Path, split: str) -> list[dict]:
-    """The records of a .json or .jsonl file; of Karpathy's format those of the split."""
-    if not path.exists():
-        raise UserError(f"--data {path} does not exist: expected a .json or .jsonl file, or the word shapes")
+    """The records of a .json or .jsonl file; of Karpathy's format those of the split. At least one."""
+    if not path.is_file():
+        raise UserError(
+            f"--data {path} {'is a folder' if path.is_dir() else 'does not exist'}: "
+            "expected a .json or .jsonl file, or the word shapes"
+        )
     if path.suffix == ".jsonl":
         try:
             with open(path, encoding="utf-8") as file:
-                return [json.loads(line) for line in file if line.strip()]
-        except json.JSONDecodeError as error:
+                content = [json.loads(line) for line in file if line.strip()]
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} has a line that is not JSON ({error}): expected one record a line") from None
-    content = read_json(path)
+    else:
+        content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
-        wanted = {"train", "restval"} if split == "train" else {split}  # restval: COCO's, by custom for training
         images = content["images"]
-        if all(isinstance(image, dict) and "sentences" in image for image in images):
-            return [
-                {
-                    "image": os.path.join(image.get("filepath", ""), image["filename"]),
-                    "caption": [sentence["raw"] for sentence in image["sentences"]],
-                    "image_id": image.get("cocoid", image.get("imgid", image["filename"])),
-                }
-                for image in images
-                if image.get("split", split) in wanted
-            ]
+        if images and all(isinstance(image, dict) and {"filename", "sentences"} <= set(image) for image in images):
+            return karpathy_records(path, images, split)
     if isinstance(content, list) and content:
         return content
     got = f"an object with {sorted(content)[:5]}" if isinstance(content, dict) else f"a {type(content).__name__}"
@@ -297,6 +294,24 @@ def read_records(path: Path, split: str) -> list[dict]:
         f'{path} holds {got if content else "nothing"}, expected a list of {{"image": ..., "caption": ...}}, '
         'or Karpathy\'s {"images": [{"filename", "split", "sentences"}]}'
     )
+
+
+def karpathy_records(path: Path, images: list[dict], split: str) -> list[dict]:
+    """Karpathy's entries of a split, as records; "restval" is COCO's, by custom for training."""
+    wanted = {"train", "restval"} if split == "train" else {split}
+    records = [
+        {
+            "image": os.path.join(image.get("filepath", ""), image["filename"]),
+            "caption": [sentence.get("raw", "") for sentence in image["sentences"]],
+            "image_id": image.get("cocoid", image.get("imgid")),
+        }
+        for image in images
+        if image.get("split", split) in wanted
+    ]
+    if not records:
+        there = ", ".join(sorted({image["split"] for image in images}))
+        raise UserError(f"{path} has no photo of the split {split}, only of {there}: pass another --split or --data")
+    return records
 
 
 class Shapes(shapes.ShapesWorld):
@@ -481,7 +496,8 @@ class TrainBatches(Dataset):
     def sample(self, position: int, index: int) -> tuple[str, int, Tensor, list[tuple[str, str]]]:
         """(caption, row, picture or its cached tokens, photos that could not be read on the way)."""
         broken = []
-        for attempt in range(len(self.photos)):
+        tries = min(100, len(self.photos))  # so many unreadable photos in a row are no accident
+        for attempt in range(tries):
             row = (index + attempt) % len(self.photos)
             rng = sample_rng(self.seed, position)
             captions = self.photos.captions(row)
@@ -492,7 +508,7 @@ class TrainBatches(Dataset):
                 return caption, row, self.photos.train_view(row, self.image_size, rng), broken
             except UserError as error:
                 broken.append((self.photos.name(row), str(error)))
-        raise UserError(f"none of the {len(self.photos)} photos can be read; the last: {broken[-1][1]}")
+        raise UserError(f"none of {tries} photos in a row can be read; the last: {broken[-1][1]}")
 
 
 class EvalPictures(Dataset):

@@ -14,11 +14,24 @@ import torch
 from torch import Tensor
 
 from blip2 import PRECISIONS, Blip2, EncodedImages, EncodedTexts, batches_of, choose_precision, local_device
-from data import Mixture, Shapes, UserError, open_photos, picture_loader, say_sentence
+from data import Mixture, Shapes, UserError, open_photos, picture_loader, read_json, say_sentence
 from losses import all_gather, start_processes, world
 from metrics import chance, ranks, recalls, reranked_ranks
 
 K_RERANK = 128  # the original's and, by its code, the paper's
+
+
+def say(*lines: str) -> None:
+    """Print, on the first process."""
+    if world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """ "2h05m", "3m10s", "12s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 class Gallery:
@@ -72,8 +85,7 @@ def retrieval(
     """Recall at 1, 5, 10 in both directions, by ITC alone and re-ranked by ITM.
 
     rerank: "itm", by the matching score alone (the paper), or "itm+itc", which adds the raw cosine to the raw match
-    logit (the original). match=False leaves ITM out, for a model that was trained without it.
-    Returns the numbers, and under "order" the (N, M) scores to look at.
+    logit (the original). match=False leaves ITM out, for a model that was trained without it. Returns the numbers.
     """
     started, was_training = time.time(), model.training
     model.eval()
@@ -85,7 +97,7 @@ def retrieval(
     texts = model.encode_text(gallery.texts[my_texts])
     feats = gather_shards(images.feats, N)
     ids = model.texts.encode(gallery.texts)
-    texts = EncodedTexts(ids, gather_shards(texts.cls, M), gather_shards(texts.feats, M))
+    texts = EncodedTexts(ids, texts.cls[:0], gather_shards(texts.feats, M))  # nothing here reads the unprojected [CLS]
     itc = torch.cat([model.itc_scores(EncodedImages(part, part, part), texts) for part in batches_of(feats, 64)]).cpu()
 
     itm = None
@@ -96,22 +108,42 @@ def retrieval(
         wanted |= torch.zeros(M, N, dtype=torch.bool).scatter_(1, itc.T.topk(min(k, N), dim=1).indices, True).T
         swapped = gallery.subsets().get("swapped", torch.arange(0)).view(-1, 2)
         wanted[swapped[:, :, None], swapped[:, None]] = True  # for `twins`, however far apart ITC has put them
-        photo_rows, text_rows = wanted[mine].nonzero(as_tuple=True)
-        judged = torch.full(wanted[mine].shape, float("-inf"), device=model.device)
-        logits = model.match_logits(images, texts, photo_rows, text_rows)
-        # The log-odds order pairs as the probability does, without its ties at 1.
-        judged[photo_rows, text_rows] = logits[:, 1] - (logits[:, 0] if rerank == "itm" else 0)
+        judged = judge(model, images, texts, wanted[mine], rerank)
         itm = gather_shards(judged, N).cpu() + (0 if rerank == "itm" else itc)
     model.train(was_training)
     return {**report(gallery, itc, itm, k), "rerank": rerank, "seconds": round(time.time() - started, 1)}
 
 
+def judge(model: Blip2, images: EncodedImages, texts: EncodedTexts, wanted: Tensor, rerank: str) -> Tensor:
+    """ITM's score of the wanted pairs: (n, M) bool over this process's n photos -> (n, M), -inf for the others.
+
+    The log-odds order pairs as the probability does, without its ties at 1. What takes long says how long.
+    """
+    scores = torch.full(wanted.shape, float("-inf"), device=model.device)
+    started = said = time.time()
+    done, pairs = 0, int(wanted.sum())
+    for photos in batches_of(torch.arange(len(wanted)), 64):
+        rows, columns = wanted[photos].nonzero(as_tuple=True)
+        rows = photos[rows]
+        logits = model.match_logits(images, texts, rows, columns)
+        scores[rows, columns] = logits[:, 1] - (logits[:, 0] if rerank == "itm" else 0)
+        done, now = done + len(rows), time.time()
+        if now - said > 30:
+            say(f"  judged {done:,} of {pairs:,} pairs, eta {clock((now - started) / done * (pairs - done))}")
+            said = now
+    return scores
+
+
 def encode_photos(model: Blip2, photos: Mixture, rows: list[int], workers: int) -> EncodedImages:
     """Features of some photos; their ViT tokens stay in memory, in the ViT's precision."""
     parts = []
+    if not rows:  # fewer photos than processes
+        Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
+        sizes = (0, 1, model.vit.cfg.width), (0, Q, D), (0, Q, E)
+        return EncodedImages(*(torch.empty(size, device=model.device) for size in sizes))
     if photos.cached:
         for part in batches_of(rows, 64):
-            parts.append(model.encode_tokens(photos.tokens(part).to(model.device)))
+            parts.append(model.encode_tokens(photos.tokens(part)))
     else:
         for _, broken, pictures in picture_loader(photos, model.image_size, rows, workers):
             for reason in broken.values():  # to leave a photo out would make the numbers incomparable
@@ -139,7 +171,7 @@ def report(gallery: Gallery, itc: Tensor, itm: Tensor | None, k: int) -> dict:
         return found
 
     everything = torch.arange(N)
-    shuffled = positives.roll(1, dims=0)  # each caption now belongs to the next picture
+    shuffled = positives.roll(N // 2, dims=0)  # to each picture the captions of another, far away from any twin
     out = {
         "photos": N,
         "texts": M,
@@ -172,8 +204,9 @@ def twins(swapped: Tensor, itc: Tensor, itm: Tensor | None) -> dict[str, float]:
 
 def mistakes(gallery: Gallery, itc: Tensor, itm: Tensor | None, k: int, count: int = 5) -> list[dict]:
     """The first pictures whose best caption is not theirs, in words."""
-    order = itc if itm is None else torch.where(itm > float("-inf"), itm, -1e9 + itc)
-    best = order.argmax(dim=1)
+    found = itc.topk(1 if itm is None else min(k, itc.shape[1]), dim=1).indices
+    order = (itc if itm is None else itm).gather(1, found)
+    best = found.gather(1, order.argmax(dim=1, keepdim=True)).squeeze(1)
     wrong = (gallery.owner[best] != torch.arange(len(best))).nonzero().squeeze(1)[:count]
     return [
         {
@@ -207,6 +240,12 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def trained_losses(checkpoint: Path) -> str:
+    """With which losses a run was trained; all three, if it does not say so."""
+    config = read_json(checkpoint / "config.json") if checkpoint.is_dir() else {}
+    return config.get("train", {}).get("losses", "itc,itm,itg")
+
+
 def main(argv: list[str] | None = None) -> dict | None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -225,17 +264,21 @@ def main(argv: list[str] | None = None) -> dict | None:
     p.add_argument("--out", help="write the numbers here as JSON")
     args = parser.parse_args(argv)
 
+    if args.k < 1:
+        raise UserError(f"got --k {args.k}, expected at least 1")
+    if args.out and not Path(args.out).parent.is_dir():
+        raise UserError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist, make it first")
     start_processes()
     device = local_device("auto")
     precision, why = choose_precision(device, args.precision)
     model = Blip2.from_pretrained(args.checkpoint, args.vit, args.bert, device, precision)
     photos = open_photos(args.data or ["shapes"], args.split, model.image_size, args.images)
-    result = retrieval(model, photos, args.k, args.rerank, workers=args.workers)
-    if world()[0] == 0:
-        print(f"{args.checkpoint} on {device}, {precision} ({why})")
-        print(table(result))
-        if args.out:
-            Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+    say(f"{args.checkpoint} on {device}, {precision} ({why})")
+    match = "itm" in trained_losses(Path(args.checkpoint))
+    result = retrieval(model, photos, args.k, args.rerank, match, args.workers)
+    say(table(result))
+    if args.out and world()[0] == 0:
+        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 

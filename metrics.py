@@ -9,10 +9,11 @@ RECALLS = (1, 5, 10)
 def ranks(scores: Tensor, positives: Tensor) -> Tensor:
     """(n, m) scores of m candidates for n queries, positives (n, m) bool -> rank (n,) of the best positive, 0 = first.
 
-    A wrong candidate with the same score goes first: a model that says the same about everything finds nothing.
+    A wrong candidate with the same score goes first: a model that says the same about everything finds nothing, and so
+    does one that says nan.
     """
     best = scores.masked_fill(~positives, float("-inf")).amax(dim=1, keepdim=True)
-    return ((scores >= best) & ~positives).sum(dim=1)
+    return (~(scores < best) & ~positives).sum(dim=1)
 
 
 def reranked_ranks(first: Tensor, second: Tensor, positives: Tensor, k: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A picture shows 1 to 3 objects, each in a quarter of its own. An object has a size, a colour and a shape. One object is
 told with its place, two by their relation (they stand side by side or one above the other), three with their places.
-Picture number i of a split is the same on every machine.
+Picture number i of a split is the same on every machine with the same Pillow.
 
 What keeps it honest: some colour-shape pairs and some wordings occur in the test split only, never in training, nor
 in the text and pictures that the tiny encoders were made from (assets/make_tiny.py). Scenes of the test and

@@ -8,8 +8,11 @@ Stage 1 trains the Q-Former with ITC, ITM and ITG over a frozen ViT (paper 3.2, 
     step-000500/                                      the last `--keep` checkpoints, each complete
     best/                                             the model that was best in validation
 
-One process or many, CPU, CUDA or MPS: the same lines. The total batch is fixed by --batch; how it is spread over
-processes and micro-batches changes the speed, and for ITC the number of negatives, but not the data of a step.
+    retrieval.json                                    the evaluation at the end
+
+One process or many, CPU, CUDA or MPS: the same lines. The total batch is fixed by --batch; spreading it over processes
+changes the speed only. Micro-batches change what ITC compares and where ITM's negatives come from, because a
+micro-batch sees itself only; the data of a step stay the same.
 """
 
 import argparse
@@ -35,7 +38,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import weights
 from blip2 import OBJECTIVES, PRECISIONS, Blip2, choose_precision, local_device, stage1_totals
 from data import (
     BROKEN_SHARE,
@@ -50,7 +52,7 @@ from data import (
     say_sentence,
     train_loader,
 )
-from eval import retrieval, shard, table
+from eval import clock, retrieval, say, shard, table
 from losses import ITM_PRIOR, all_sum, barrier, gather_objects, smoothing_floor, start_processes, world
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -104,17 +106,24 @@ class TrainConfig:
 RECIPES = {
     "paper": dict(
         steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, beta2=0.98, weight_decay=0.05, clip=1.0,
-        negatives_ramp=0, image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
+        negatives_ramp=0, dropout=0.1, image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
     ),
     # For the shapes world over the tiny encoders: a few minutes on two CPU cores. A run this short has no time to lose
     # on negatives that are too hard at first.
     "tiny": dict(
         steps=1260, batch=48, lr=1e-3, min_lr=1e-5, warmup=60, beta2=0.98, weight_decay=0.05, clip=1.0,
-        negatives_ramp=400, image_size=64, queries=8, embed_dim=64, eval_every=630, save_every=630,
+        negatives_ramp=400, dropout=0.0, image_size=64, queries=8, embed_dim=64, eval_every=630, save_every=630,
     ),
 }  # fmt: skip
 
-MAY_CHANGE = {"resume", "overwrite", "out", "workers", "log_every", "eval_every", "save_every", "keep", "device"}
+# When a run is resumed, these may differ from what it was started with; the last three change its numbers.
+MAY_CHANGE = {
+    "resume", "overwrite", "out", "workers", "log_every", "eval_every", "save_every", "keep",
+    "device", "precision", "lr",
+}  # fmt: skip
+AT_LEAST_1 = ("steps", "batch", "queries", "cross_every", "embed_dim", "save_every", "log_every", "keep")
+AT_LEAST_0 = ("micro_batch", "warmup", "min_lr", "weight_decay", "negatives_ramp", "val_photos", "seed", "eval_every")
+TEMPERATURES = (0.001, 0.5)  # between which ITC's temperature is kept; the original's is free
 
 
 def parse_flags(argv: list[str] | None) -> tuple[TrainConfig, set[str]]:
@@ -167,22 +176,23 @@ def check(cfg: TrainConfig) -> None:
         ),
         ("precision", cfg.precision, cfg.precision in ("auto", *PRECISIONS), "auto, fp32, bf16 or fp16"),
         ("device", cfg.device, cfg.device in ("auto", "cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
-        ("steps", cfg.steps, cfg.steps >= 1, "at least 1"),
-        ("batch", cfg.batch, cfg.batch >= 1, "at least 1"),
-        ("warmup", cfg.warmup, 0 <= cfg.warmup, "0 or more"),
         ("lr", cfg.lr, cfg.lr > 0, "above 0"),
-        ("save-every", cfg.save_every, cfg.save_every >= 1, "at least 1"),
-        ("log-every", cfg.log_every, cfg.log_every >= 1, "at least 1"),
-        ("keep", cfg.keep, cfg.keep >= 1, "at least 1"),
+        ("clip", cfg.clip, cfg.clip > 0, "above 0"),
+        ("beta2", cfg.beta2, 0 <= cfg.beta2 < 1, "0 or more, and below 1"),
+        ("dropout", cfg.dropout, 0 <= cfg.dropout < 1, "0 or more, and below 1"),
+        *((name, getattr(cfg, name), getattr(cfg, name) >= 1, "at least 1") for name in AT_LEAST_1),
+        *((name, getattr(cfg, name), getattr(cfg, name) >= 0, "0 or more") for name in AT_LEAST_0),
     ):
         if not fine:
-            raise UserError(f"got --{flag} {got}, expected {expected}")
+            raise UserError(f"got --{flag.replace('_', '-')} {got}, expected {expected}")
+    if cfg.val_photos and cfg.val_data:
+        raise UserError("got --val-photos and --val-data, expected one of the two")
     share = cfg.batch / world()[1]
     micro = cfg.micro_batch or share
     if share % 1 or share % micro:
         raise UserError(
             f"--batch {cfg.batch} does not divide into {world()[1]} processes with micro-batches of {micro:g}: "
-            f"pass --batch {math.ceil(cfg.batch / world()[1] / micro) * int(micro) * world()[1]}"
+            f"pass --batch {math.ceil(share / math.ceil(micro)) * math.ceil(micro) * world()[1]}"
         )
 
 
@@ -231,12 +241,6 @@ def keep_memory() -> None:
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
-
-
-def say(*lines: str) -> None:
-    """Print, on the first process."""
-    if world()[0] == 0:
-        print(*lines, sep="\n", flush=True)
 
 
 def parts_table(model: Blip2) -> str:
@@ -319,13 +323,6 @@ def log_line(step: int, cfg: TrainConfig, row: dict, bounds: dict, eta: float) -
     )
 
 
-def clock(seconds: float) -> str:
-    """ "2h05m", "3m10s", "12s"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
 def gigabytes_used(device: torch.device) -> float:
     """Peak memory: of the card, or of this process."""
     if device.type == "cuda":
@@ -337,7 +334,9 @@ def gigabytes_used(device: torch.device) -> float:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Path, step: int, model: Blip2, train_state: dict, cfg: TrainConfig, is_best: bool) -> None:
+def save_checkpoint(
+    run: Path, step: int, model: Blip2, train_state: dict, cfg: TrainConfig, is_best: bool = False
+) -> None:
     """Write run/step-NNNNNN/ whole or not at all, show it as the run's latest, drop those beyond --keep.
 
     Called on all processes, because each adds the state of its random numbers; the first one writes.
@@ -366,8 +365,13 @@ def save_checkpoint(run: Path, step: int, model: Blip2, train_state: dict, cfg: 
             link(folder / name, best / name)
         shutil.rmtree(run / "best", ignore_errors=True)
         os.replace(best, run / "best")
-    for old in sorted(run.glob("step-*"))[: -cfg.keep]:
+    for old in checkpoints(run)[: -cfg.keep]:
         shutil.rmtree(old)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(run.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def link(source: Path, target: Path) -> None:
@@ -386,7 +390,7 @@ def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, P
 
     Refuses flags that would make another run of it, and another number of processes.
     """
-    folders = sorted(run.glob("step-*"))
+    folders = checkpoints(run)
     if not folders:
         raise UserError(f"--resume: {run} has no checkpoint yet: leave --resume out to start it")
     state = torch.load(folders[-1] / "train_state.pt", map_location="cpu", weights_only=True)
@@ -409,12 +413,18 @@ def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, P
 
 def restore(folder: Path, state: dict, model: Blip2, optimizer, scaler) -> tuple[float, float]:
     """Put everything where it stood at a checkpoint -> the best score so far, the seconds trained so far."""
+    if read_json(folder / "config.json")["vit_sha256"] != model.vit_sha256:
+        raise UserError(
+            f"--resume: {model.sources['vit']} holds other weights than the run was trained over: "
+            "put the old ones back, or start another run with --out"
+        )
     model.load_trained(folder)
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
     rng = state["rng"][world()[0]]
     torch.set_rng_state(rng["cpu"])
-    if model.device.type == "cuda":
+    if model.device.type == "cuda" and "cuda" in rng:
         torch.cuda.set_rng_state(rng["cuda"])
     return state["best"], state["trained_s"]
 
@@ -456,9 +466,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
 
     # --- data
     photos, val = open_data(cfg, model, run)
-    workers = cfg.workers
-    if workers < 0:  # pictures to decode keep workers busy; drawn shapes and cached features do not
-        workers = 0 if photos.cached or cfg.data == ["shapes"] else min(8, max(1, cores() - 1))
+    workers = loader_workers(cfg, bool(photos.cached))
     start = resumed["step"] if resumed else 0
     sampler = StepSampler(photos, cfg.seed, micro_batch, accumulate, cfg.steps, start, rank, size)
     say(f"{len(photos):,} training pictures, {sampler.per_epoch:,} steps an epoch, {workers} loader workers")
@@ -483,7 +491,8 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     if rank == 0 and not resumed and any(run.glob("step-*")):  # --overwrite: only now, when nothing has been refused
         shutil.rmtree(run)
     log = Log(run, start, asdict(cfg), f"{device}, {precision}")
-    broken: dict[str, str] = {}
+    unreadable: dict[str, str] = {}  # photos, and why; of this process, since the last line of the log
+    named: set[str] = set()  # those of all processes that have been told
     pending, window_s = [], time.perf_counter()
 
     # --- the loop
@@ -499,13 +508,14 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
                 losses = ddp(batch, objectives, totals, generator, hardness_at(step, cfg))
                 scaler.scale(sum(losses.values()) * size).backward()  # DDP takes the mean over the processes
             parts.append(torch.stack([losses[name].detach() for name in objectives]))
-            for name, reason in batch.broken:
-                broken.setdefault(name, reason)
+            unreadable |= dict(batch.broken)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        with torch.no_grad():
+            model.temperature.clamp_(*TEMPERATURES)
 
         # --- numbers stay on the device until a line is due, so that the host runs ahead of it
         cut = sum(batch.truncated for batch in micro_batches)
@@ -513,34 +523,36 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
         due = step % cfg.log_every == 0 or step == cfg.steps
         validates = val is not None and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
         saves = step % cfg.save_every == 0 or step == cfg.steps
-        if not (due or validates or saves or (stop.asked and size == 1)):
+        stopping = bool(all_sum(torch.tensor(float(stop.asked))))  # on the CPU: the host does not wait for the device
+        if not (due or validates or saves or stopping):
             continue
-        rows = read_numbers(pending, objectives, cfg, step)
+        rows = read_numbers(pending, objectives, cfg, step, scaled=scaler.is_enabled())
         now = time.perf_counter()
         trained_s, window_s = trained_s + now - window_s, now - window_s
         speed = len(rows) * cfg.batch / window_s
         for row in rows:
             row |= {"photos_per_s": speed, "gigabytes": gigabytes_used(device), "trained_s": trained_s}
-        tell_broken(broken, len(photos))
+        tell_unreadable(unreadable, named, len(photos))
         log.write(*rows)
         say(log_line(step, cfg, rows[-1], bounds, (cfg.steps - step) * cfg.batch / speed))
         pending = []
 
-        # --- validation and checkpoint
-        is_best = False
-        if validates:
-            result = retrieval(model, val, k=16, match="itm" in objectives)
-            score = mean_recall(result)
-            is_best, best = score > best, max(score, best)
-            say(validation_lines(model, val, result, score, is_best))
-            log.write({"step": step, "validation": result, "mean_recall": score})
-        stopping = bool(all_sum(torch.tensor(float(stop.asked), device=device)))
-        if saves or is_best or stopping:
-            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save_checkpoint(run, step, model, {**state, "best": best, "trained_s": trained_s}, cfg, is_best)
+        # --- checkpoint and validation
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "trained_s": trained_s}
+        if saves or stopping:  # first of all, so that whatever happens to the validation costs nothing
+            save_checkpoint(run, step, model, {**state, "best": best}, cfg)
         if stopping:
-            say(f"stopped at step {step}, saved; go on with: python train.py --resume --out {run}")
+            launch = "python" if size == 1 else f"torchrun --nproc_per_node {size}"
+            say(f"stopped at step {step}, saved; go on with: {launch} train.py --resume --out {run}")
             return None
+        if validates:
+            result = retrieval(model, val, k=16, match="itm" in objectives, workers=workers)
+            score = mean_recall(result)
+            say(validation_lines(model, val, result, score, score > best))
+            log.write({"step": step, "validation": result, "mean_recall": score})
+            if score > best:
+                best = score
+                save_checkpoint(run, step, model, {**state, "best": best}, cfg, is_best=True)
         window_s = time.perf_counter()
 
     # --- the end
@@ -549,9 +561,11 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
         val = open_photos(["shapes"], "test", cfg.image_size)
     if val is None:
         return None
+    barrier()  # the first process may still be writing
     if (run / "best").exists():
         model.load_trained(run / "best")
-    result = retrieval(model, val, match="itm" in objectives)
+    say(f"evaluating on {len(val):,} pictures")
+    result = retrieval(model, val, match="itm" in objectives, workers=workers)
     if rank == 0:
         (run / "retrieval.json").write_text(json.dumps(result, indent=2) + "\n")
     say(table(result))
@@ -562,7 +576,8 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
 
 
 class StopAsked:
-    """Ctrl-C and SIGTERM end the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run with a checkpoint, after the step; of several processes, which have to agree, at
+    the next line of the log. A second Ctrl-C ends it at once."""
 
     def __enter__(self):
         self.asked = False
@@ -608,6 +623,13 @@ def cores() -> int:
     return (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def loader_workers(cfg: TrainConfig, cached: bool = False) -> int:
+    """How many processes load pictures: those to decode keep workers busy, drawn shapes and cached features do not."""
+    if cfg.workers >= 0:
+        return cfg.workers
+    return 0 if cached or cfg.data == ["shapes"] else min(8, max(1, cores() - 1))
+
+
 def begin(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, None, None]:
     """A new run: the recipe fills in what was not given. What `resume` returns, of which there is nothing yet."""
     cfg, chosen = complete(cfg, given)
@@ -633,13 +655,13 @@ def open_data(cfg: TrainConfig, model: Blip2, run: Path) -> tuple[Mixture, Mixtu
     """The photos to train on, and those to validate on if there are any; with cached features if asked for."""
     photos, val = open_photos(cfg.data, "train", cfg.image_size, cfg.images), None
     if cfg.cache_features:
-        photos.cached = cache_tokens(model, photos, run.parent / "features", cfg.workers)
+        photos.cached = cache_tokens(model, photos, run.parent / "features", loader_workers(cfg))
     if cfg.val_photos:
         photos, val = photos.held_out(cfg.val_photos)
     elif cfg.val_data or cfg.data == ["shapes"]:
         val = open_photos([cfg.val_data or "shapes"], "val", cfg.image_size, cfg.images)
         if cfg.cache_features:
-            val.cached = cache_tokens(model, val, run.parent / "features", cfg.workers)
+            val.cached = cache_tokens(model, val, run.parent / "features", loader_workers(cfg))
     return photos, val
 
 
@@ -649,7 +671,8 @@ def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int) -> C
     The file's name is a hash of the ViT, the transform and the photos, so it is never mistaken for another. Each
     process computes its share; the file appears under its name when it is whole.
     """
-    encoder = (weights.sha256(model.sources["vit_files"]), repr(model.vit.cfg), str(model.vit.dtype))
+    content = model.vit_sha256 or float(model.vit.patch_embed.weight.float().sum())  # no file: random weights
+    encoder = (content, repr(model.vit.cfg), str(model.vit.dtype))
     key = hashlib.sha256(repr((encoder, model.image_size, photos.fingerprint())).encode()).hexdigest()[:16]
     path = folder / f"{key}.npy"
     if not path.exists():
@@ -678,8 +701,13 @@ def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int) -> C
     return CachedTokens(path)
 
 
-def read_numbers(pending: list[tuple], objectives: tuple[str, ...], cfg: TrainConfig, last: int) -> list[dict]:
-    """The steps since the last line, summed over the processes, as rows of the log. Here the host waits."""
+def read_numbers(
+    pending: list[tuple], objectives: tuple[str, ...], cfg: TrainConfig, last: int, scaled: bool
+) -> list[dict]:
+    """The steps since the last line, summed over the processes, as rows of the log. Here the host waits.
+
+    Stops at the first number that is none; but with loss scaling an infinite gradient is skipped, not learned.
+    """
     lrs, losses, norms, temperatures, cut = zip(*pending, strict=True)
     losses = all_sum(torch.stack(losses)).tolist()
     cut = all_sum(torch.tensor(cut, device=norms[0].device)).tolist()
@@ -687,27 +715,31 @@ def read_numbers(pending: list[tuple], objectives: tuple[str, ...], cfg: TrainCo
     rows = []
     for i, values in enumerate(losses):
         step = last - len(losses) + 1 + i
-        for name, value in zip(objectives, values, strict=True):
+        numbers = {f"the {name} loss": value for name, value in zip(objectives, values, strict=True)}
+        if not scaled:
+            numbers["the gradient's norm"] = norms[i]
+        for name, value in numbers.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"the {name} loss became {value} at step {step}, nothing was saved after step "
-                    f"{step // cfg.save_every * cfg.save_every}: resume with a lower --lr, or pass --precision fp32"
+                    f"{name} became {value} at step {step}, and nothing was saved since: start again, or --resume "
+                    "from the last checkpoint, with a lower --lr or with --precision fp32"
                 )
         row = {"step": step, **dict(zip(objectives, values, strict=True)), "loss": sum(values), "lr": lrs[i]}
         rows.append({**row, "norm": norms[i], "temperature": temperatures[i], "truncated": cut[i] / cfg.batch})
     return rows
 
 
-def tell_broken(broken: dict[str, str], photos: int) -> None:
-    """Name photos that could not be read, once; stop all processes when there are too many."""
-    for name, reason in broken.items():
-        if reason:
-            print(f"skipped: {reason}", flush=True)
-            broken[name] = ""
-    count = int(all_sum(torch.tensor(len(broken))))
-    if count > BROKEN_SHARE * photos:
+def tell_unreadable(unreadable: dict[str, str], named: set[str], photos: int) -> None:
+    """Name the photos that a process could not read, each once; stop all processes when there are too many."""
+    for part in gather_objects(unreadable):
+        for name, reason in part.items():
+            if name not in named:
+                say(f"skipped: {reason}")
+            named.add(name)
+    unreadable.clear()
+    if len(named) > BROKEN_SHARE * photos:
         raise UserError(
-            f"{count} of {photos} photos could not be read, more than {BROKEN_SHARE:.0%}: mend or remove them, "
+            f"{len(named)} of {photos} photos could not be read, more than {BROKEN_SHARE:.0%}: mend or remove them, "
             "or pass --images with the folder they are in"
         )
 

@@ -7,11 +7,12 @@ nothing has been changed.
 
     encoders    EVA-CLIP ViT-g (bare file), CLIP (LAVIS's bare file or transformers' folder), DINOv2, BLIP-2's own
     text        BERT and its like (MiniLM, ...)
-    LAVIS       stage-1 checkpoints, with or without the fine-tuned ViT
+    LAVIS       stage-1 checkpoints
 """
 
 import hashlib
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -179,7 +180,8 @@ def open_tensors(paths: list[Path]) -> Mapping[str, Tensor]:
     if paths[0].suffix == ".safetensors":
         return SafeTensors(paths)
     try:
-        content = torch.load(paths[0], map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(paths[0])  # older pickles are read whole
+        content = torch.load(paths[0], map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise UserError(f"{paths[0]} cannot be read as PyTorch weights ({str(error).splitlines()[0]})") from None
     content = content.get("model", content)  # LAVIS wraps its state dict
@@ -405,7 +407,12 @@ HF_BLIP2_VIT = Table(
         *both("encoder.layers.{}.mlp.fc1", "blocks.{}.fc1"),
         *both("encoder.layers.{}.mlp.fc2", "blocks.{}.fc2"),
     ],
-    ignored={r"post_layernorm\..*": "becomes ln_vision"},
+    ignored={
+        r"post_layernorm\..*": "that model's ln_vision",
+        r"(query_tokens|qformer|language_(model|projection)|embeddings\.(word|position)_embeddings|(vision|text)_projection"
+        r"|itm_head)(\..*)?": "the other parts of that model",
+    },
+    renames={r"^vision_model\.": ""},
 )
 
 
@@ -522,8 +529,9 @@ def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
     """Architecture and key table of an encoder folder, with all its published blocks, from its config.json."""
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
-    if kind == "clip":
-        config, kind = config["vision_config"], "clip_vision_model"
+    if kind in ("clip", "blip-2"):  # a whole model: its image encoder
+        config = config["vision_config"]
+        kind = {"clip": "clip_vision_model", "blip-2": "blip_2_vision_model"}[kind]
     if kind == "dinov2":
         if config.get("use_swiglu_ffn") or config.get("hidden_act", "gelu") != "gelu":
             raise UserError(
@@ -555,9 +563,22 @@ def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
             align_corners=True,
         )
         table = CLIP
+    elif kind == "blip_2_vision_model":
+        cfg = ViTConfig(
+            width=config.get("hidden_size", 1408),
+            depth=config.get("num_hidden_layers", 39) + 1,  # it was published without its last block
+            heads=config.get("num_attention_heads", 16),
+            mlp=config.get("intermediate_size", 6144),
+            patch_size=config.get("patch_size", 14),
+            image_size=config.get("image_size", 224),
+            eps=config.get("layer_norm_eps", 1e-6),
+            key_bias=False,
+        )
+        table = HF_BLIP2_VIT
     else:
         raise UserError(
-            f"{folder}/config.json has model_type {kind!r}, expected an image encoder: dinov2, clip, clip_vision_model"
+            f"{folder}/config.json has model_type {kind!r}, expected an image encoder: "
+            "dinov2, clip, clip_vision_model, blip-2"
         )
     preprocessor = folder / "preprocessor_config.json"
     norm = {**config, **(read_json(preprocessor) if preprocessor.exists() else {})}

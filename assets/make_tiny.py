@@ -1,4 +1,4 @@
-"""Makes the tiny frozen encoders that ship with the code: `python assets/make_tiny.py` writes assets/tiny/.
+"""Makes the tiny ViT and BERT that ship with the code: `python assets/make_tiny.py` writes assets/tiny/.
 
     vit    a ViT in DINOv2's layout that has learned attributes: [CLS] names size, colour and shape of what is in each
            quarter of the picture; every patch, already after the second-last block, of what is in its own quarter

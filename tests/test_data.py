@@ -14,6 +14,7 @@ from data import (
     StepSampler,
     Texts,
     TrainBatches,
+    UserError,
     clean_caption,
     eval_transform,
     make_batch,
@@ -127,6 +128,12 @@ def test_the_cameras_rotation_is_obeyed(tmp_path):
     assert open_picture(tmp_path / "turned.jpg").size == (4, 8)
 
 
+def test_a_photo_with_damaged_exif_is_a_photo(tmp_path):
+    """Only its rotation is unknown."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF header")
+    assert open_picture(tmp_path / "a.jpg").size == (8, 8)
+
+
 def test_evaluation_squeezes_the_whole_picture_into_the_square():
     wide = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 50, axis=0).repeat(3, axis=2))
     pixels = eval_transform(wide, 20)
@@ -223,6 +230,18 @@ def test_formats_of_annotations(tmp_path):
     (tmp_path / "k.json").write_text(json.dumps(karpathy))
     assert [len(Annotations(tmp_path / "k.json", split)) for split in ("train", "val", "test")] == [3, 1, 1]
     assert Annotations(tmp_path / "k.json", "val").captions(0) == ["A", "B"]
+
+
+def test_a_split_without_photos_and_an_id_that_is_null(tmp_path):
+    """The splits that are there are named; null, as pandas writes it, is no id."""
+    images = [{"filename": "0.png", "split": "val", "sentences": [{"raw": "a"}]}]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(UserError, match="k.json has no photo of the split train, only of val"):
+        Annotations(tmp_path / "k.json")
+    write_photos(tmp_path, image_id=None)
+    assert Annotations(tmp_path / "a.json").key(0) == "0.png"
+    with pytest.raises(UserError, match="is a folder: expected a .json"):
+        Annotations(tmp_path)
 
 
 def test_photos_may_live_elsewhere(tmp_path):

@@ -1,15 +1,23 @@
-"""What the README says is so: its commands run, its links lead somewhere."""
+"""What the README says is so: its commands run, its numbers stand in assets/logs, its links lead somewhere.
+
+`python tests/test_docs.py` prints the README's tables of results, made from the logs.
+"""
 
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, TINY
 from PIL import Image
 
+import train
+
 README = (ROOT / "README.md").read_text()
+LOGS = ROOT / "assets/logs"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SMALL = ["--steps", "2", "--batch", "4", "--queries", "2", "--eval-every", "0"]
 
@@ -35,7 +43,7 @@ def test_the_first_block_sets_up_and_the_next_train_and_test():
 
 def test_the_main_command_runs_and_prints_what_the_readme_shows(tmp_path):
     """With few steps. What the README tells the reader to look at is in its example and in the real output."""
-    command = [*commands("bash")[2], *SMALL, "--out", str(tmp_path / "run")]
+    command = [*commands("bash")[2], *SMALL, "--out", str(tmp_path / "run"), "--losses", "itc,itm,itg"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command[1:]], cwd=ROOT, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -43,11 +51,11 @@ def test_the_main_command_runs_and_prints_what_the_readme_shows(tmp_path):
     for line in ("ViT (frozen)", "Q-Former", "temperature", "picture finds caption", "shuffled pictures",
                  "ITM re-ranks 128", "- held-out pairs", "- swapped", "trained in"):  # fmt: skip
         assert line in done.stdout and line in shown, line
+    recipe = shown.splitlines()[0].removesuffix(", ...")
+    assert train.complete(train.TrainConfig(), set())[1].startswith(recipe)
 
 
 def test_every_other_command_has_only_flags_that_exist():
-    import train
-
     lines = [words for kind in ("", "bash") for words in commands(kind) if "train.py" in words]
     assert len(lines) >= 4
     for words in lines:
@@ -57,7 +65,6 @@ def test_every_other_command_has_only_flags_that_exist():
 def test_own_photos_and_the_python_lines(tmp_path, monkeypatch):
     """The example file, a run over it, its evaluation, and the calls from Python, as the README has them."""
     import eval
-    import train
 
     records = next(block for kind, block in BLOCKS if kind == "json")
     (tmp_path / "photos.json").write_text(records)
@@ -72,7 +79,82 @@ def test_own_photos_and_the_python_lines(tmp_path, monkeypatch):
     exec(next(block for kind, block in BLOCKS if kind == "python"), {})
 
 
-# --- links
+# --- numbers and links
+
+
+def log(name: str) -> dict:
+    return json.loads((LOGS / f"{name}.json").read_text())
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def r1(numbers: dict) -> list[float]:
+    """R@1 both ways."""
+    return [numbers[way]["R@1"] for way in ("image_to_text", "text_to_image")]
+
+
+def row(title: str, *cells: str) -> str:
+    return f"| {' | '.join((title, *cells))} |"
+
+
+def mean_row(title: str, several: list[dict]) -> str:
+    """Mean and standard deviation of R@1 over the seeds, both ways."""
+    return row(title, *(spread(list(values)) for values in zip(*map(r1, several), strict=True)))
+
+
+def ways_row(title: str, ways: dict) -> str:
+    """All recalls of one run, both ways."""
+    return row(title, *(" / ".join(f"{value:.1f}" for value in way.values()) for way in ways.values()))
+
+
+def shapes_table() -> str:
+    """Three seeds of the main command."""
+    runs = [log(f"shapes-seed{seed}") for seed in range(3)]
+    lines = [row("R@1, %", "picture finds caption", "caption finds picture"), "|---|---|---|"]
+    for title, name in (
+        ("chance", "chance"),
+        ("shuffled pictures", "shuffled pictures"),
+        ("**ITC**", "itc"),
+        ("**ITM re-ranks 128**", "reranked"),
+    ):
+        lines.append(mean_row(title, [run[name] for run in runs]))
+    for name in runs[0]["subsets"]:
+        lines.append(mean_row(f"of these, {name}", [run["subsets"][name] for run in runs]))
+    twins = [spread([run["twins"][name] for run in runs]) for name in ("itc", "itm")]
+    lines.append(row("own caption before its twin's, chance 50", f"ITC {twins[0]}", f"ITM {twins[1]}"))
+    return "\n".join(lines)
+
+
+def losses_table() -> str:
+    """Paper Table 6 in miniature: with and without ITG; the shapes world with three seeds, the photos once."""
+    lines = [row("R@1 after re-ranking, %", "picture finds caption", "caption finds picture"), "|---|---|---|"]
+    for losses, name in (("ITC + ITM", "-itc-itm"), ("ITC + ITM + ITG", "")):
+        lines.append(mean_row(f"shapes world, {losses}", [log(f"shapes{name}-seed{i}")["reranked"] for i in range(3)]))
+    for losses, name in (("ITC + ITM", "-itc-itm"), ("ITC + ITM + ITG", "-20min")):
+        numbers = r1(log(f"flickr8k{name}")["reranked"])
+        lines.append(row(f"Flickr8k, 20 minutes, {losses}", *(f"{value:.1f}" for value in numbers)))
+    return "\n".join(lines)
+
+
+def photos_table() -> str:
+    """Flickr8k val: 1,000 photos, five captions each."""
+    title = row("Flickr8k val, R@1 / 5 / 10, %", "photo finds caption", "caption finds photo")
+    lines = [title, "|---|---|---|", ways_row("chance", log("flickr8k-20min")["chance"])]
+    for minutes in (20, 60):
+        run = log(f"flickr8k-{minutes}min")
+        lines.append(ways_row(f"{minutes} minutes, ITC", run["itc"]))
+        lines.append(ways_row(f"{minutes} minutes, ITM re-ranks {run['k']}", run["reranked"]))
+    return "\n".join(lines)
+
+
+TABLES = [shapes_table, losses_table, photos_table]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_match_the_logs(table):
+    assert table() in README
 
 
 def test_links_to_files_and_headings_lead_somewhere():
@@ -85,3 +167,7 @@ def test_links_to_files_and_headings_lead_somewhere():
             assert (ROOT / target).exists(), target
     for name in re.findall(r"`((?:assets|tests)/[\w./-]+|\w+\.py)`", README):
         assert (ROOT / name).exists(), name
+
+
+if __name__ == "__main__":
+    print("\n\n".join(table() for table in TABLES))

@@ -1,6 +1,7 @@
 """A user's mistake gets one sentence: what was got, what was expected, what to type. Nothing is half written."""
 
 import json
+import shutil
 
 import pytest
 from conftest import ROOT, TINY
@@ -8,10 +9,10 @@ from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 from test_data import write_photos
 
-import data
 import eval as evaluation
 import train
 from data import UserError, open_picture, say_sentence
+from vit import PRESETS, ViTConfig
 
 
 def complaint(main, capsys, *flags) -> str:
@@ -245,6 +246,15 @@ def test_ill_typed_flag(train_says):
             "does not divide into 1 processes with micro-batches of 4: pass --batch 12",
         ),
         (["--image-size", "60"], "--image-size 60 is no multiple of the patch size 8 of"),
+        (["--image-size", "4"], "--image-size 4 is no multiple of the patch size 8"),
+        (["--image-size", "0"], "pass --image-size 8"),
+        (["--micro-batch", "-4"], "got --micro-batch -4, expected 0 or more"),
+        (["--micro-batch", "4"], "pass --batch 4"),
+        (["--clip", "0"], "got --clip 0.0, expected above 0"),
+        (["--seed", "-1"], "got --seed -1, expected 0 or more"),
+        (["--cross-every", "0"], "got --cross-every 0, expected at least 1"),
+        (["--max-text-tokens", "100"], "got --max-text-tokens 100, expected 3 to 64, the positions that"),
+        (["--val-photos", "2", "--val-data", "a.json"], "got --val-photos and --val-data, expected one of the two"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -290,5 +300,35 @@ def test_resuming_what_is_not_there_or_was_different(capsys, run, tmp_path, monk
     assert "was trained by 1 processes, here are 2: start it with torchrun --nproc_per_node 1" in said
 
 
-def test_errors_are_one_kind():
-    assert issubclass(data.UserError, Exception) and data.UserError is UserError
+def test_a_run_is_not_resumed_over_another_encoder(capsys, tmp_path):
+    """Its files may have changed under the same name."""
+    vit = tmp_path / "vit"
+    shutil.copytree(ROOT / "assets/tiny/vit", vit)
+    photos = str(write_photos(tmp_path, 2, (64, 64)))
+    small = ["--steps", "1", "--batch", "2", "--image-size", "64", "--queries", "2", "--out", str(tmp_path / "run")]
+    train.main([*TINY, "--vit", str(vit), "--data", photos, *small])
+    tensors = load_file(vit / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, vit / "model.safetensors")
+    said = complaint(train.main, capsys, "--resume", "--out", str(tmp_path / "run"))
+    assert "holds other weights than the run was trained over" in said
+
+
+def test_random_weights_cannot_be_opened_again(capsys, run, monkeypatch):
+    """They are drawn anew each time, so the numbers would be those of another model."""
+    monkeypatch.setitem(PRESETS, "clip-l", ViTConfig(96, depth=1, heads=2, mlp=8))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"vit": "clip-l", "vit_sha256": None}))
+    assert "was trained over a ViT of random weights (clip-l), which no file holds" in eval_says(capsys, run)
+
+
+def test_a_sentence_from_a_loader_worker_is_a_sentence(train_says, tmp_path):
+    """The wrong --images is the commonest mistake, and found by another process."""
+    path = write_photos(tmp_path, 3, (64, 64))
+    said = train_says("--data", str(path), "--images", str(tmp_path / "nowhere"), "--workers", "1")
+    assert said.startswith("error: none of 3 photos in a row can be read; the last: ")
+    assert said.count("\n") == 1 and "pass --images with the folder of the photos" in said
+
+
+def test_evaluation_flags(capsys, run):
+    assert "got --k 0, expected at least 1" in eval_says(capsys, run, "--k", "0")
+    assert "does not exist, make it first" in eval_says(capsys, run, "--out", "nowhere/a.json")

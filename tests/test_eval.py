@@ -9,7 +9,7 @@ from conftest import ROOT, run_many, small_model
 
 from blip2 import Blip2
 from data import Texts, open_photos
-from eval import Gallery, gather_shards, main, report, retrieval, shard, table
+from eval import Gallery, gather_shards, main, report, retrieval, shard, table, trained_losses
 from metrics import chance, ranks, recalls, reranked_ranks
 
 SIZES = dict(vocab_size=Texts(ROOT / "assets/tiny/bert").vocab_size, max_positions=40)
@@ -40,6 +40,10 @@ def test_with_several_right_answers_the_best_counts():
     scores = torch.tensor([[5.0, 1.0, 4.0], [1.0, 2.0, 3.0]])
     positives = torch.tensor([[False, True, True], [True, True, False]])
     assert ranks(scores, positives).tolist() == [1, 1]
+
+
+def test_a_model_that_says_nan_finds_nothing():
+    assert ranks(torch.full((3, 3), float("nan")), torch.eye(3).bool()).tolist() == [2, 2, 2]
 
 
 def test_a_model_that_says_the_same_about_everything_finds_nothing():
@@ -173,6 +177,14 @@ def test_processes_find_what_one_finds(processes):
     run_many(processes, same_result, retrieval(shapes_model(), few(13), 4))
 
 
+def same_result_for_one(rank, expected):
+    assert retrieval(shapes_model(), few(1), 4)["reranked"] == expected["reranked"]
+
+
+def test_more_processes_than_photos():
+    run_many(2, same_result_for_one, retrieval(shapes_model(), few(1), 4))
+
+
 def test_evaluation_leaves_training_mode_and_random_numbers_alone():
     model = shapes_model().train()
     before = torch.get_rng_state()
@@ -245,6 +257,27 @@ def test_shuffled_pictures_are_the_control():
     assert result["itc"] == {way: {"R@1": 100, "R@5": 100, "R@10": 100} for way in result["itc"]}
     assert [way["R@1"] for way in result["shuffled pictures"].values()] == [0, 0]
     assert result["subsets"] == {"plain": result["itc"]} and result["mistakes"] == []
+    twins = torch.eye(12) + 0.5 * torch.eye(12).view(6, 2, 12).flip(1).view(12, 12)  # neighbours look alike
+    shuffled = report(Gallery(few(12)), twins, None, 4)["shuffled pictures"]
+    assert [way["R@5"] for way in shuffled.values()] == [0, 0]  # nobody gets the caption of its twin
+
+
+def test_a_run_without_itm_is_not_reranked(tmp_path):
+    """Its ITM head is as random as at the start."""
+    model = shapes_model()
+    model.save_pretrained(tmp_path, train={"losses": "itc,itg"})
+    assert trained_losses(tmp_path) == "itc,itg" and trained_losses(tmp_path / "blip2.pth") == "itc,itm,itg"
+    assert "reranked" not in retrieval(model, few(4), 4, match="itm" in trained_losses(tmp_path))
+
+
+def test_a_mistake_is_what_the_ranking_put_first():
+    """A pair outside the k best does not count, though the other direction had it judged."""
+    gallery = Gallery(few(3))
+    itc = torch.tensor([[3.0, 2, 1], [0, 1, 0], [0, 0, 1]])
+    itm = torch.tensor([[0.0, 1, 9], [0, 1, 0], [0, 0, 1]])
+    (mistake,) = report(gallery, itc, itm, 2)["mistakes"]
+    assert mistake["picture"] == gallery.photos.name(0)
+    assert (mistake["found"], mistake["its own"]) == (gallery.texts[1], gallery.texts[0])
 
 
 def test_table_tells_everything():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_qformer
+from conftest import ROOT, small_qformer
 
 from qformer import Prefix, qformer_mask
 
@@ -23,6 +23,12 @@ def inputs(seed=0, batch=2, words=5, image_tokens=4):
     mask = torch.ones(batch, words, dtype=torch.bool)
     mask[0, -1] = False
     return ids, mask, torch.randn(batch, image_tokens, 10)
+
+
+def test_the_readme_has_the_same_drawing():
+    grid = [line.strip() for line in qformer_mask.__doc__.splitlines() if "# #" in line]
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert len(grid) == 7 and all(line in readme for line in grid)
 
 
 @pytest.mark.parametrize("kind", KINDS)

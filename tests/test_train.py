@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import blip2
 import train
 from blip2 import Blip2
+from data import CachedTokens, open_photos
 from shapes import ShapesWorld
 from train import (
     TrainConfig,
@@ -263,6 +265,23 @@ def test_every_step_is_in_the_log_with_the_true_means(tmp_path, run_train):
     assert parts[0]["itg"] == pytest.approx(whole[0]["itg"], rel=1e-4)
 
 
+def test_the_temperature_is_kept_within_its_bounds(tmp_path, run_train, monkeypatch):
+    monkeypatch.setattr(train, "TEMPERATURES", (0.2, 0.5))
+    assert run_train(tmp_path, "--steps", "2")[-1]["temperature"] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_what_happens_to_a_validation_costs_nothing(tmp_path, monkeypatch):
+    """The checkpoint of its step is there before it."""
+
+    def fails(*_, **__):
+        raise train.UserError("evaluation needs every photo")
+
+    monkeypatch.setattr(train, "retrieval", fails)
+    with pytest.raises(train.UserError):
+        main([*FAST, "--out", str(tmp_path), "--steps", "4", "--eval-every", "2", "--save-every", "2"])
+    assert (tmp_path / "step-000002/model.safetensors").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path, run_train):
     with pytest.raises(train.UserError, match="the it. loss became (nan|inf) at step [0-9], .* lower --lr"):
         run_train(tmp_path, "--steps", "5", "--lr", "1e30", "--warmup", "0", "--clip", "1e30")
@@ -284,6 +303,11 @@ def test_cached_features_are_the_encoders_and_it_sees_each_photo_once(tmp_path, 
 
     model = Blip2.from_pretrained(tmp_path / "runs/a")
     (file,) = (tmp_path / "runs/features").glob("*.npy")
+    photos = open_photos([str(path)], "train", 64)
+    photos.cached = CachedTokens(file)
+    for part in photos.held_out(4):  # each photo gets its own tokens
+        own = [int(Path(part.name(row)).stem) for row in range(len(part))]
+        assert np.array_equal(part.tokens(list(range(len(part)))).numpy(), np.load(file)[own])
     for photo, tokens in enumerate(torch.from_numpy(np.load(file))):
         fresh = model.encode_image(tmp_path / f"{photo}.png").tokens[0]
         torch.testing.assert_close(tokens, fresh.half(), rtol=2e-3, atol=2e-3)  # a last place of fp16 or two

@@ -1,11 +1,14 @@
 """Paper 3.4: the frozen encoders, their second-last block, any image size; equality with transformers."""
 
+import json
+
 import pytest
 import torch
 from conftest import roughen
+from safetensors.torch import save_file
 
 from vit import PRESETS, ViT, ViTConfig
-from weights import HF_BLIP2_VIT, load, load_vit, open_tensors, weight_files
+from weights import load_vit, open_tensors, weight_files
 
 SMALL = dict(
     hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24, patch_size=4, image_size=16
@@ -36,11 +39,7 @@ def random_peer(kind: str, folder):
             if kind == "blip2" and name.endswith("qkv.bias"):
                 parameter[16:32] = 0  # as EVA-CLIP has no key bias
     peer.eval().save_pretrained(folder)
-    if kind != "blip2":
-        return peer, load_vit(str(folder), last_block=True)[0]
-    vit = ViT(ViTConfig(16, depth=3, heads=4, mlp=24, patch_size=4, image_size=16, key_bias=False))
-    load(vit, open_tensors(weight_files(folder)), HF_BLIP2_VIT, kind)
-    return peer, vit
+    return peer, load_vit(str(folder), last_block=kind != "blip2")[0]  # BLIP-2's is published without it
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "blip2"])
@@ -57,6 +56,19 @@ def test_equals_transformers(kind, size, tmp_path):
         torch.testing.assert_close(vit(images), expected[-1], rtol=0, atol=1e-5)
         if kind != "blip2":  # by default one block less, and no final norm (paper 3.4); BLIP-2's files lack it already
             torch.testing.assert_close(load_vit(str(tmp_path))[0](images), expected[-2], rtol=0, atol=1e-5)
+
+
+def test_a_whole_blip2_folder_gives_its_encoder(tmp_path):
+    """As the public ones are: the parts beside each other in one file, the encoder's sizes inside of the config."""
+    _, vit = random_peer("blip2", tmp_path)
+    tensors = {f"vision_model.{key}": tensor for key, tensor in open_tensors(weight_files(tmp_path)).items()}
+    others = ("query_tokens", "qformer.layernorm.bias", "language_projection.bias", "language_model.layers.2.bias")
+    save_file({**tensors, **{key: torch.ones(2) for key in others}}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip-2", "vision_config": config}))
+    whole, account, _ = load_vit(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(vit.parameters(), whole.parameters(), strict=True))
+    assert "4 ignored (the other parts of that model)" in account
 
 
 def test_layer_scale_is_folded_away(tmp_path):
