@@ -111,8 +111,8 @@ RECIPES = {
     # For the shapes world over the tiny encoders: a few minutes on two CPU cores. A run this short has no time to lose
     # on negatives that are too hard at first.
     "tiny": dict(
-        steps=1260, batch=48, lr=1e-3, min_lr=1e-5, warmup=60, beta2=0.98, weight_decay=0.05, clip=1.0,
-        negatives_ramp=400, dropout=0.0, image_size=64, queries=8, embed_dim=64, eval_every=630, save_every=630,
+        steps=1890, batch=32, lr=1e-3, min_lr=1e-5, warmup=90, beta2=0.98, weight_decay=0.05, clip=1.0,
+        negatives_ramp=600, dropout=0.0, image_size=64, queries=8, embed_dim=64, eval_every=945, save_every=945,
     ),
 }  # fmt: skip
 
