@@ -310,7 +310,9 @@ def karpathy_records(path: Path, images: list[dict], split: str) -> list[dict]:
     ]
     if not records:
         there = ", ".join(sorted({image["split"] for image in images}))
-        raise UserError(f"{path} has no photo of the split {split}, only of {there}: pass another --split or --data")
+        raise UserError(
+            f"{path} has no photo of the split {split}, only of {there}: pass another file, or eval.py another --split"
+        )
     return records
 
 

@@ -576,8 +576,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
 
 
 class StopAsked:
-    """Ctrl-C and SIGTERM end the run with a checkpoint, after the step; of several processes, which have to agree, at
-    the next line of the log. A second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
 
     def __enter__(self):
         self.asked = False

@@ -56,7 +56,7 @@ def write_photos(folder, count=6, size=(40, 30), captions=None, **first):
     ],
 )
 def test_caption_cleaning_is_the_originals(raw, clean):
-    """FACTS.md 6.3."""
+    """BlipCaptionProcessor.pre_caption in LAVIS."""
     assert clean_caption(raw) == clean
 
 

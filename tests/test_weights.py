@@ -195,7 +195,7 @@ def test_berts_names_of_2018_are_understood():
 
 @pytest.mark.parametrize("with_vit", [True, False])
 def test_lavis_stage1_checkpoint_loads_into_the_whole_model(with_vit):
-    """FACTS.md 7.2: 346 keys at the real depth; fine-tuned files hold the ViT too. Nothing is left over or missing."""
+    """346 keys at the real depth; fine-tuned files hold the ViT too. Nothing is left over or missing."""
     model = small_model()
     tensors = unload(model, LAVIS_STAGE1)
     tensors |= {
