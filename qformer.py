@@ -78,6 +78,16 @@ def qformer_mask(kind: str, text_mask: Tensor, num_queries: int) -> Tensor:
     return allowed & key_is_real[:, None, None, :]
 
 
+def drop(x: Tensor, p: float) -> Tensor:
+    """Dropout: each element is 0 with probability p, and the others grow by 1 / (1 - p)."""
+    if x.is_cuda or not p:
+        return F.dropout(x, p)
+    # On CPU the random numbers are what costs: PyTorch draws 64 bits for each element, and 16 are enough.
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return torch.where(kept, x * (1 / (1 - p)), 0)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(K)) v of (B, H, rows, K) and (B, H, keys, K); mask: bool, broadcast to the scores."""
     if q.is_cuda or not torch.is_grad_enabled():
@@ -86,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, rows, keys)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+    return drop(scores.softmax(dim=-1), dropout) @ v
 
 
 class Prefix:
@@ -121,7 +131,7 @@ class SelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         out = attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, S, D)
-        return self.ln(x + F.dropout(self.proj(out), dropout))
+        return self.ln(x + drop(self.proj(out), dropout))
 
 
 class CrossAttention(nn.Module):
@@ -146,7 +156,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(B, Q, self.heads, -1).transpose(1, 2)  # (B, H, Q, K)
         dropout = self.dropout if self.training else 0.0
         out = attend(q, *image_kv, None, dropout).transpose(1, 2).reshape(B, Q, D)
-        return self.ln(x + F.dropout(self.proj(out), dropout))
+        return self.ln(x + drop(self.proj(out), dropout))
 
 
 class FeedForward(nn.Module):
@@ -160,7 +170,8 @@ class FeedForward(nn.Module):
         self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ln(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+        dropout = self.dropout if self.training else 0.0
+        return self.ln(x + drop(self.down(F.gelu(self.up(x))), dropout))
 
 
 class Block(nn.Module):
@@ -278,7 +289,7 @@ class QFormer(nn.Module):
 
     def run(self, x: Tensor, num_queries: int, mask: Tensor | None, image_kv: ImageKV = (), cache=None) -> Tensor:
         """All blocks over x (B, S, D), whose first `num_queries` rows are queries."""
-        x = F.dropout(self.embedding_ln(x), self.cfg.dropout, self.training)
+        x = drop(self.embedding_ln(x), self.cfg.dropout if self.training else 0.0)
         kv = iter(image_kv)
         for block in self.blocks:
             x = block(x, num_queries, mask, next(kv) if num_queries and block.cross is not None else None, cache)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_qformer
 
-from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries
+from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries, drop
 from weights import BERT, HF_QFORMER, load
 
 
@@ -53,6 +53,25 @@ def test_queries_and_text_have_a_feed_forward_each():
             block.ffn_text.down.weight.mul_(2)
     other_query, other_text = model("itc", ids, mask, image_kv)
     assert torch.equal(query, other_query) and not torch.allclose(text, other_text)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_a_share_and_keeps_the_mean(p, dtype):
+    """Also for a number of elements that does not fill the last random word, and anew at every call."""
+    torch.manual_seed(0)
+    x = torch.ones(301, 999, dtype=dtype, requires_grad=True)
+    y = drop(x, p)
+    y.sum().backward()
+    kept = y != 0
+    assert abs(1 - kept.float().mean() - p) < 0.005  # a standard deviation is 0.001
+    for direction in (0, 1):  # neighbours are independent
+        together = (kept & kept.roll(1, direction)).float().mean()
+        assert abs(together - (1 - p) ** 2) < 0.007
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
+    assert torch.equal(x.grad, y.detach())  # the gradient has the same mask and scale
+    assert not torch.equal(drop(x, p), y)
+    assert torch.equal(drop(x, 0.0), x)
 
 
 def test_output_matrix_is_the_word_embedding():
