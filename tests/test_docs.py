@@ -1,17 +1,23 @@
-"""What the README says is so: its commands run, its links lead somewhere."""
+"""What the README says is so: its commands run, its numbers stand in assets/logs, its links lead somewhere.
+
+`python tests/test_docs.py` prints the README's tables of results, made from the logs.
+"""
 
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, TINY
 from PIL import Image
 
 import train
 
 README = (ROOT / "README.md").read_text()
+LOGS = ROOT / "assets/logs"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SMALL = ["--steps", "2", "--batch", "4", "--queries", "2", "--eval-every", "0"]
 
@@ -73,7 +79,82 @@ def test_own_photos_and_the_python_lines(tmp_path, monkeypatch):
     exec(next(block for kind, block in BLOCKS if kind == "python"), {})
 
 
-# --- links
+# --- numbers and links
+
+
+def log(name: str) -> dict:
+    return json.loads((LOGS / f"{name}.json").read_text())
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def r1(numbers: dict) -> list[float]:
+    """R@1 both ways."""
+    return [numbers[way]["R@1"] for way in ("image_to_text", "text_to_image")]
+
+
+def row(title: str, *cells: str) -> str:
+    return f"| {' | '.join((title, *cells))} |"
+
+
+def mean_row(title: str, several: list[dict]) -> str:
+    """Mean and standard deviation of R@1 over the seeds, both ways."""
+    return row(title, *(spread(list(values)) for values in zip(*map(r1, several), strict=True)))
+
+
+def ways_row(title: str, ways: dict) -> str:
+    """All recalls of one run, both ways."""
+    return row(title, *(" / ".join(f"{value:.1f}" for value in way.values()) for way in ways.values()))
+
+
+def shapes_table() -> str:
+    """Three seeds of the main command."""
+    runs = [log(f"shapes-seed{seed}") for seed in range(3)]
+    lines = [row("R@1, %", "picture finds caption", "caption finds picture"), "|---|---|---|"]
+    for title, name in (
+        ("chance", "chance"),
+        ("shuffled pictures", "shuffled pictures"),
+        ("**ITC**", "itc"),
+        ("**ITM re-ranks 128**", "reranked"),
+    ):
+        lines.append(mean_row(title, [run[name] for run in runs]))
+    for name in runs[0]["subsets"]:
+        lines.append(mean_row(f"of these, {name}", [run["subsets"][name] for run in runs]))
+    twins = [spread([run["twins"][name] for run in runs]) for name in ("itc", "itm")]
+    lines.append(row("own caption before its twin's, chance 50", f"ITC {twins[0]}", f"ITM {twins[1]}"))
+    return "\n".join(lines)
+
+
+def losses_table() -> str:
+    """Paper Table 6 in miniature: with and without ITG; the shapes world with three seeds, the photos once."""
+    lines = [row("R@1 after re-ranking, %", "picture finds caption", "caption finds picture"), "|---|---|---|"]
+    for losses, name in (("ITC + ITM", "-itc-itm"), ("ITC + ITM + ITG", "")):
+        lines.append(mean_row(f"shapes world, {losses}", [log(f"shapes{name}-seed{i}")["reranked"] for i in range(3)]))
+    for losses, name in (("ITC + ITM", "-itc-itm"), ("ITC + ITM + ITG", "-20min")):
+        numbers = r1(log(f"flickr8k{name}")["reranked"])
+        lines.append(row(f"Flickr8k, 850 steps, {losses}", *(f"{value:.1f}" for value in numbers)))
+    return "\n".join(lines)
+
+
+def photos_table() -> str:
+    """Flickr8k val: 1,000 photos, five captions each."""
+    title = row("Flickr8k val, R@1 / 5 / 10, %", "photo finds caption", "caption finds photo")
+    lines = [title, "|---|---|---|", ways_row("chance", log("flickr8k-20min")["chance"])]
+    for minutes in (20, 60):
+        run = log(f"flickr8k-{minutes}min")
+        lines.append(ways_row(f"{minutes} minutes, ITC", run["itc"]))
+        lines.append(ways_row(f"{minutes} minutes, ITM re-ranks {run['k']}", run["reranked"]))
+    return "\n".join(lines)
+
+
+TABLES = [shapes_table, losses_table, photos_table]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_match_the_logs(table):
+    assert table() in README
 
 
 def test_links_to_files_and_headings_lead_somewhere():
@@ -86,3 +167,7 @@ def test_links_to_files_and_headings_lead_somewhere():
             assert (ROOT / target).exists(), target
     for name in re.findall(r"`((?:assets|tests)/[\w./-]+|\w+\.py)`", README):
         assert (ROOT / name).exists(), name
+
+
+if __name__ == "__main__":
+    print("\n\n".join(table() for table in TABLES))
