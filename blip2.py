@@ -1,10 +1,11 @@
 """BLIP-2: a frozen image encoder, the Q-Former, and what is trained around them (paper 3).
 
-Stage 1 (paper 3.2) is `Blip2.stage1_losses`. Around it are the calls a user makes, which take pictures and strings and
-pad, tokenize and batch by themselves: `encode_image`, `encode_text`, `itc_scores`, `itm_scores`, `caption`; and
-`Blip2.build`, `from_pretrained`, `save_pretrained`.
+Stage 1 (paper 3.2) is `Blip2.stage1_losses`, stage 2 (3.3) is `Blip2.stage2_losses`. Around them are the calls a user
+makes, which take pictures and strings and pad, tokenize and batch by themselves: `encode_image`, `encode_text`,
+`itc_scores`, `itm_scores`, `caption`, and with a language model `ask`, `rank`, `score`; and `Blip2.build`,
+`attach_llm`, `from_pretrained`, `save_pretrained`.
 Letters: B rows of this process, N of all processes, P image tokens, V ViT width, Q queries, T text tokens, D Q-Former
-width, E shared embedding, W vocabulary.
+width, E shared embedding, L width of the language model, W vocabulary.
 """
 
 import json
@@ -12,7 +13,6 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import weights
-from data import Batch, Texts, UserError, eval_transform, open_picture, pad, read_json, to_rgb
+from data import Batch, LLMTexts, Texts, UserError, ask_in, eval_transform, open_picture, pad, read_json, to_rgb
 from generate import generate
 from losses import (
     all_gather,
@@ -35,13 +35,15 @@ from losses import (
     itc_similarity,
     itg_loss,
     itm_loss,
+    lm_loss,
     sample_hard_negatives,
     world,
 )
 from qformer import CaptionDecoder, ImageKV, Prefix, QFormer, QFormerConfig
-from vit import PRESETS, ViT
+from vit import ViT
 
 OBJECTIVES = ("itc", "itm", "itg")
+TINY = Path(os.path.relpath(Path(__file__).parent / "assets/tiny"))  # what ships with the code
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,11 +63,28 @@ class EncodedTexts(NamedTuple):
     feats: Tensor  # (M, E), unit length
 
 
-class Blip2(nn.Module):
-    """The model of stage 1.
+class Ranked(NamedTuple):
+    """An answer and how likely it is."""
 
-    The ViT is frozen for good: eval mode, no gradient, not in the checkpoint. Trained are the Q-Former and its queries,
-    `ln_vision` (in the place of the ViT's dropped final norm), two projections, the ITM head and the temperature.
+    answer: str
+    log_prob: float  # summed over its tokens, the end among them
+    mean_log_prob: float  # of a token
+
+
+class Scores(NamedTuple):
+    """How likely each text is, given each photo."""
+
+    log_prob: Tensor  # (N, M), summed over the text's tokens, the end among them
+    mean_log_prob: Tensor  # (N, M), of a token
+
+
+class Blip2(nn.Module):
+    """The model of both stages.
+
+    The ViT is frozen for good: eval mode, no gradient, not in the checkpoint. Stage 1 trains the Q-Former and its
+    queries, `ln_vision` (in the place of the ViT's dropped final norm), two projections, the ITM head and the
+    temperature. Stage 2 puts a language model behind the queries (`attach_llm`), as frozen as the ViT, and trains
+    `ln_vision`, the queries' part of the Q-Former and `llm_proj`; the text branch stays as stage 1 has left it.
     """
 
     def __init__(
@@ -87,6 +106,7 @@ class Blip2(nn.Module):
         self.text_proj = nn.Linear(width, embed_dim)
         self.itm_head = nn.Linear(width, 2)  # column 1 = match
         self.temperature = nn.Parameter(torch.tensor(0.07))  # learned, divides; train.py keeps it within bounds
+        self.llm, self.llm_texts, self.template = None, None, None  # from `attach_llm`
         self.amp_dtype: torch.dtype | None = None  # of the products in the trained part; None is fp32
         vit.requires_grad_(False).eval()
 
@@ -137,22 +157,28 @@ class Blip2(nn.Module):
         path: str | Path,
         vit: str | None = None,
         bert: str | None = None,
+        llm: str | None = None,
         device: str = "cpu",
         precision: str = "fp32",
+        dropout: float | None = None,
     ) -> "Blip2":
-        """Open a run folder, or LAVIS's stage-1 checkpoint (a .pth, with the `vit` and `bert` it was made from).
+        """Open a run folder, a folder of transformers' Blip2ForConditionalGeneration, or LAVIS's stage-1 checkpoint
+        (a .pth, with the `vit` and `bert` it was made from).
 
-        vit: where the frozen encoder is now, if it has moved. precision: "fp32", "bf16" or "fp16".
+        vit, llm: where the frozen parts of a run are now, if they have moved. precision: "fp32", "bf16" or "fp16".
+        dropout: of the Q-Former in further training, if not that of the run.
         """
         path = Path(path)
         if path.suffix in (".pth", ".pt"):
             model = cls._from_lavis(path, vit, bert)
+        elif (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "blip-2":
+            model = cls._from_hf(path)
         else:
-            model = cls._from_run(path, vit)
+            model = cls._from_run(path, vit, llm, dropout)
         return model.set_precision(precision, device).eval()
 
     @classmethod
-    def _from_run(cls, folder: Path, vit: str | None) -> "Blip2":
+    def _from_run(cls, folder: Path, vit: str | None, llm: str | None, dropout: float | None) -> "Blip2":
         """A folder that `save_pretrained` has written."""
         if not (folder / "model.safetensors").exists():
             raise UserError(
@@ -167,28 +193,36 @@ class Blip2(nn.Module):
                 f"{folder} was trained over a ViT of width {trained_over}, {spec} has width {encoder.cfg.width}: "
                 f"pass --vit with the encoder it was trained over ({config['vit']})"
             )
-        if config["vit_sha256"] not in (None, weights.sha256(files)):
-            raise UserError(
-                f"{spec} holds other weights than {folder} was trained over: pass --vit with the right ones, "
-                f'or take "vit_sha256" out of {folder}/config.json if you know that they are as good'
-            )
-        if spec in PRESETS and not files:
-            raise UserError(
-                f"{folder} was trained over a ViT of random weights ({spec}), which no file holds: "
-                "pass --vit with real ones, or train again"
-            )
-        qformer = QFormer(QFormerConfig(**config["qformer"]))
+        sizes = config["qformer"] | ({} if dropout is None else {"dropout": dropout})
         sources = {"vit": spec, "vit_files": files, "last_block": config["last_block"], "bert": config["bert"]}
         model = cls(
             encoder,
-            qformer,
+            QFormer(QFormerConfig(**sizes)),
             Texts(folder, config["max_text_tokens"]),
             config["image_size"],
             config["embed_dim"],
             config["ln_vision_eps"],
             sources,
         )
+        model.check_frozen("vit", config, folder)
+        if config.get("llm"):  # a run of stage 2
+            model.attach_llm(llm or relocated(config["llm"], folder), config["template"])
+            model.check_frozen("llm", config, folder)
         model.load_trained(folder)
+        return model
+
+    @classmethod
+    def _from_hf(cls, folder: Path) -> "Blip2":
+        """transformers' Blip2ForConditionalGeneration: one folder with all parts, but without a text branch."""
+        spec, config = str(folder), read_json(folder / "config.json")
+        encoder, _, files = weights.load_vit(spec)
+        qformer = QFormer(weights.hf_qformer_config(config))
+        sources = {"vit": spec, "vit_files": files}
+        vision = config["vision_config"]
+        eps = vision.get("layer_norm_eps", 1e-6)
+        model = cls(encoder, qformer, None, vision.get("image_size", 224), ln_vision_eps=eps, sources=sources)
+        model.attach_llm(spec)
+        weights.load(model, weights.open_tensors(files), weights.HF_BLIP2, spec)
         return model
 
     @classmethod
@@ -211,14 +245,44 @@ class Blip2(nn.Module):
         weights.load(model, tensors, weights.LAVIS_STAGE1, str(path))
         return model
 
+    def attach_llm(self, spec: str, template: str | None = None) -> str:
+        """Put a frozen language model behind the queries (paper 3.3) -> the account of its loading.
+
+        spec: see `weights.load_llm`. template: of questions, with {} for the question; else the model's usual one.
+        The projection to its width is new; what stage 2 does not reach is not trained any more.
+        """
+        self.llm, account, files = weights.load_llm(spec)
+        self.llm.requires_grad_(False).eval()
+        self.sources |= {"llm": spec, "llm_files": files}
+        tokenizer = spec if files else TINY / type(self.llm).__name__.lower()  # random weights have none of their own
+        self.llm_texts = LLMTexts(tokenizer, self.llm.layout, self.texts.max_tokens if self.texts else 32)
+        self.template = template or self.llm.layout.template
+        if self.llm_texts.vocab_size > self.llm.cfg.vocab_size:
+            raise UserError(
+                f"{spec} has a tokenizer of {self.llm_texts.vocab_size} words and weights of "
+                f"{self.llm.cfg.vocab_size}, expected no more words than weights: use the model's own tokenizer"
+            )
+        self.check_room(self.llm_texts.max_tokens, 0)
+        self.llm_proj = nn.Linear(self.qformer.cfg.width, self.llm.width)
+        text_branch = (
+            self.qformer.word_embedding,
+            self.qformer.position_embedding,
+            *(block.ffn_text for block in self.qformer.blocks),
+            self.qformer.lm_head,
+            *(self.vision_proj, self.text_proj, self.itm_head),
+        )
+        for part in (*text_branch, self.temperature):
+            part.requires_grad_(False)
+        return account
+
     def trained_state(self) -> dict[str, Tensor]:
         """Everything that is not frozen for good, by name: what a checkpoint holds."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("vit.")}
+        return {name: t for name, t in self.state_dict().items() if not name.startswith(("vit.", "llm."))}
 
     def load_trained(self, folder: str | Path) -> None:
-        """Everything but the frozen ViT, from a folder that `save_pretrained` has written; strict."""
+        """Everything but the frozen parts, from a folder that `save_pretrained` has written; strict."""
         rows = [weights.Row((name,), name) for name in self.trained_state()]
-        table = weights.Table(rows, fresh={r"vit\..*": "the frozen ViT"})
+        table = weights.Table(rows, fresh={r"vit\..*|llm\..*": "the frozen parts"})
         weights.load(self, weights.open_tensors([Path(folder) / "model.safetensors"]), table, str(folder))
 
     def save_pretrained(self, folder: str | Path, home: str | Path | None = None, **extra) -> None:
@@ -242,7 +306,7 @@ class Blip2(nn.Module):
         config = {
             "model": "blip2",
             "vit": relative(self.sources.get("vit", ""), home),
-            "vit_sha256": self.vit_sha256,
+            "vit_sha256": self.frozen_sha256("vit"),
             "last_block": self.sources.get("last_block", False),
             "bert": relative(self.sources.get("bert", ""), home),  # where the Q-Former started; not needed any more
             "image_size": self.image_size,
@@ -252,32 +316,60 @@ class Blip2(nn.Module):
             "qformer": asdict(self.qformer.cfg),
             **extra,
         }
+        if self.llm is not None:
+            llm = {"llm": relative(self.sources["llm"], home), "llm_sha256": self.frozen_sha256("llm")}
+            config |= {**llm, "template": self.template}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     # --- precision and freezing --------------------------------------------------------------------------------------
 
     def set_precision(self, precision: str, device: str | torch.device = "cpu") -> "Blip2":
-        """Move to the device. Below fp32, the frozen ViT's weights become half, the trained ones stay fp32 masters.
+        """Move to the device. Below fp32, the frozen weights become half, the trained ones stay fp32 masters.
 
-        The ViT takes fp16 on CUDA, as in paper 3.4, and bf16 on CPU, which has no fast fp16.
+        The ViT takes fp16 on CUDA, as in paper 3.4, and bf16 on CPU, which has no fast fp16. The language model takes
+        the precision of the products: bf16 or, for OPT, fp16 (paper 3.4 has OPT in fp16 and T5 in bf16).
         """
+        if precision == "fp16" and self.llm is not None and not self.llm.fits_fp16:
+            raise UserError(
+                f"got precision fp16 for {self.sources['llm']}, in which T5 overflows: pass --precision bf16, or fp32"
+            )
         self.to(device)
         self.amp_dtype = PRECISIONS[precision]
         if self.amp_dtype is not None:
             self.vit.to(torch.float16 if torch.device(device).type == "cuda" else self.amp_dtype)
+            if self.llm is not None:
+                self.llm.to(self.amp_dtype)
         return self
 
     def train(self, mode: bool = True):
         """As usual, but what is frozen stays in eval mode."""
         super().train(mode)
         self.vit.eval()
+        if self.llm is not None:
+            self.llm.eval()
         return self
 
-    @cached_property
-    def vit_sha256(self) -> str | None:
-        """A hash of the frozen encoder's files; None if it came from none."""
-        files = self.sources.get("vit_files")
-        return weights.sha256(files) if files else None
+    def frozen_sha256(self, part: str) -> str | None:
+        """A hash of the files of a frozen part, "vit" or "llm", computed once; None if it came from none."""
+        files, key = self.sources.get(f"{part}_files"), f"{part}_sha256"
+        if key not in self.sources:
+            self.sources[key] = weights.sha256(files) if files else None
+        return self.sources[key]
+
+    def check_frozen(self, part: str, config: dict, folder: Path) -> None:
+        """Refuse a frozen part, "vit" or "llm", that is not the one over which the run in `folder` was trained."""
+        spec, known = self.sources[part], config[f"{part}_sha256"]
+        if known not in (None, self.frozen_sha256(part)):
+            raise UserError(
+                f"{spec} holds other weights than {folder} was trained over: pass --{part} with the right ones, "
+                f'or take "{part}_sha256" out of {folder}/config.json if you know that they are as good'
+            )
+        if not self.sources[f"{part}_files"]:
+            name = {"vit": "ViT", "llm": "language model"}[part]
+            raise UserError(
+                f"{folder} was trained over a {name} of random weights ({spec}), which no file holds: "
+                f"pass --{part} with real ones, or train again"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -315,8 +407,8 @@ class Blip2(nn.Module):
     # --- stage 1 -----------------------------------------------------------------------------------------------------
 
     def forward(self, *args, **kwargs) -> dict[str, Tensor]:
-        """`stage1_losses`, under the name that DistributedDataParallel wraps."""
-        return self.stage1_losses(*args, **kwargs)
+        """The losses of the model's stage, under the name that DistributedDataParallel wraps."""
+        return self.stage1_losses(*args, **kwargs) if self.llm is None else self.stage2_losses(*args, **kwargs)
 
     def stage1_losses(
         self,
@@ -390,6 +482,40 @@ class Blip2(nn.Module):
         text_out = self.qformer.decode_text(ids, batch.text_mask, cache)
         logits = self.qformer.lm_logits(text_out.flatten(0, 1)[batch.label_rows])  # only where there is a next word
         return itg_loss(logits, batch.text_ids.flatten()[batch.label_rows + 1], total)
+
+    # --- stage 2 -----------------------------------------------------------------------------------------------------
+
+    def stage2_losses(self, batch: Batch, totals: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Language modelling of paper 3.3 on one batch: what the frozen language model says of the photos' captions.
+
+        With OPT of the whole caption; with T5 of its second part, given the first (prefix LM). totals: from
+        `stage2_totals`, the words of the whole step; by default those of this batch over all processes.
+        """
+        if totals is None:
+            totals = stage2_totals([batch])
+        with self.autocast():
+            image_tokens = batch.image_tokens if batch.images is None else self.image_tokens(batch.images)
+            query_out = self.qformer.encode_queries(self.image_kv(image_tokens))  # (B, Q, D)
+        prompt, prompt_mask = self.llm_prompt(query_out, batch.prompt_ids, batch.prompt_mask)
+        logits = self.llm(prompt, prompt_mask, batch.target_ids, batch.label_rows)
+        return {"lm": lm_loss(logits, batch.target_ids.flatten()[batch.label_rows], totals["lm"])}
+
+    def llm_prompt(self, query_out: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual embeddings and words (paper Figure 3): (B, Q, D), ids (B, n) and their mask -> (B, Q + n, L), mask."""
+        with self.autocast():
+            visual = self.llm_proj(query_out)  # (B, Q, L)
+        words = self.llm.embed(prompt_ids)
+        mask = F.pad(prompt_mask, (visual.shape[1], 0), value=True)  # no visual embedding is ever padding
+        return torch.cat((visual.to(words.dtype), words), dim=1), mask
+
+    def check_room(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuse what is longer than the language model's position table."""
+        Q, limit = self.qformer.cfg.num_queries, self.llm.max_positions
+        if limit is not None and Q + prompt_tokens + new_tokens > limit:
+            raise UserError(
+                f"got {Q} visual embeddings, a prompt of {prompt_tokens} tokens and {new_tokens} new ones, expected at "
+                f"most {limit}, the positions of {self.sources['llm']}: shorten the prompt, or max_new_tokens"
+            )
 
     # --- the calls a user makes --------------------------------------------------------------------------------------
 
@@ -469,20 +595,178 @@ class Blip2(nn.Module):
         return logits
 
     @torch.no_grad()
-    def caption(self, images, max_new_tokens: int = 30, num_beams: int = 3, batch_size: int = 64, **decoding) -> list:
-        """Captions by the Q-Former alone (ITG), without a language model: a string for each photo.
+    def caption(
+        self, images, prompt: str = "", max_new_tokens: int = 30, num_beams: int = 5, batch_size: int = 64, **decoding
+    ):
+        """Captions: a string for each photo; for a single photo that is not in a list, its string.
 
-        decoding: see `generate.generate`; with num_captions above 1, a list of strings for each photo.
+        With a language model, the caption goes on from the prompt. Without one (after stage 1) the Q-Former alone
+        captions (ITG). decoding: see `generate.generate`; with num_captions above 1, a list of strings for each photo.
         """
-        images, captions = self.encode_image(images), []
-        for tokens in batches_of(images.tokens, batch_size):
-            with self.autocast():
-                decoder = CaptionDecoder(self.qformer, self.image_kv(tokens.to(self.device)), max_new_tokens)
-                ids = generate(
-                    decoder, end_id=self.texts.sep_id, max_new_tokens=max_new_tokens, num_beams=num_beams, **decoding
-                )
-            captions += [[self.texts.decode(text) for text in group] for group in ids]
-        return captions if decoding.get("num_captions", 1) > 1 else [group[0] for group in captions]
+        encoded, several = self.encode_image(images), decoding.get("num_captions", 1) > 1
+        decoding = dict(max_new_tokens=max_new_tokens, num_beams=num_beams, min_new_tokens=1) | decoding
+        if self.llm is not None:
+            rows = list(range(len(encoded.tokens)))
+            captions = self.write(encoded, rows, [prompt] * len(rows), batch_size, **decoding)
+        elif prompt:
+            raise UserError(f"got the prompt {prompt!r} for a model without a language model: leave it out")
+        else:
+            captions = []
+            for tokens in batches_of(encoded.tokens, batch_size):
+                with self.autocast():
+                    decoder = CaptionDecoder(self.qformer, self.image_kv(tokens.to(self.device)), max_new_tokens)
+                    groups = generate(decoder, end_id=self.texts.sep_id, **decoding)
+                captions += [[self.texts.decode(ids) for ids in group] for group in groups]
+        captions = captions if several else [group[0] for group in captions]
+        return captions[0] if is_single(images) else captions
+
+    @torch.no_grad()
+    def ask(
+        self, images, questions, template: str | None = None, max_new_tokens: int = 10, num_beams: int = 5,
+        length_penalty: float = -1.0, batch_size: int = 64, **decoding,
+    ):  # fmt: skip
+        """Answers to questions about photos (paper 4.1); each photo is encoded once.
+
+        For one photo: a question, or a list of them -> its answer, or a list. For a list of photos: a question for
+        all, or a list with one (or a list of them) for each -> a list of that shape.
+        A question is a string, or a conversation: [(question, answer), ..., question]; see `data.ask_in`.
+        template: what it is put into, with {} for the question; by default the run's own. "{}" leaves it unchanged,
+        so it can be any prompt. decoding: see `generate.generate`.
+        """
+        self.need_llm()
+        encoded = self.encode_image(images)
+        asked = Asked(questions, None if is_single(images) else len(encoded.tokens))
+        prompts = [ask_in(template or self.template, question) for question in asked.questions]
+        decoding = dict(
+            max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty, min_new_tokens=1
+        ) | decoding  # fmt: skip
+        answers = self.write(encoded, asked.rows, prompts, batch_size, **decoding)
+        several = decoding.get("num_captions", 1) > 1
+        return asked.shaped(answers if several else [group[0] for group in answers])
+
+    @torch.no_grad()
+    def rank(self, images, questions, candidates: list[str], template: str | None = None, batch_size: int = 256):
+        """The candidates in the order of their probability as the answer, for each question: lists of `Ranked`.
+
+        images, questions, template: see `ask`, whose shape the result has. The order is by the summed log-probability;
+        the photo and the question run through the language model once for all candidates.
+        """
+        if not candidates:
+            raise UserError("got no candidates to rank, expected a list of at least one answer")
+        self.need_llm()
+        encoded = self.encode_image(images)
+        asked = Asked(questions, None if is_single(images) else len(encoded.tokens))
+        prompts = [ask_in(template or self.template, question) for question in asked.questions]
+        total, mean = self.log_probs(encoded, asked.rows, prompts, candidates, batch_size)
+        ranked = [
+            [Ranked(candidates[i], total[row, i].item(), mean[row, i].item()) for i in order]
+            for row, order in enumerate(total.argsort(dim=1, descending=True, stable=True).tolist())
+        ]
+        return asked.shaped(ranked)
+
+    @torch.no_grad()
+    def score(self, images, texts, prompt: str = "", batch_size: int = 256) -> Scores:
+        """How likely the language model finds M texts, given each of N photos and the prompt: `Scores` of (N, M).
+
+        A photo (and the prompt behind it) runs through the language model once for all texts.
+        """
+        self.need_llm()
+        encoded = self.encode_image(images)
+        rows, texts = list(range(len(encoded.tokens))), [texts] if isinstance(texts, str) else list(texts)
+        return Scores(*self.log_probs(encoded, rows, [prompt] * len(rows), texts, batch_size))
+
+    def need_llm(self) -> None:
+        """Refuse what a model of stage 1 cannot do."""
+        if self.llm is None:
+            raise UserError("this model has no language model to ask: open a run of stage 2, or train one (--stage 2)")
+
+    def decoders(self, images: EncodedImages, rows: list[int], prompts: list[str], new_tokens: int, batch_size: int):
+        """Prompts behind the photos of their rows, in batches of similar length -> (which prompts, their decoder)."""
+        ids = self.llm_texts.encode_prompts(prompts)
+        self.check_room(max(map(len, ids)), new_tokens)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for part in batches_of(order, batch_size):
+            text, mask = pad([ids[i] for i in part], self.llm_texts.pad_id, self.llm.layout.pads, multiple=1)
+            query_out = images.query_out[[rows[i] for i in part]].to(self.device)
+            prompt, mask = self.llm_prompt(query_out, text.to(self.device), mask.to(self.device))
+            yield part, self.llm.decoder_for(prompt, mask, new_tokens)
+
+    def write(
+        self,
+        images: EncodedImages,
+        rows: list[int],
+        prompts: list[str],
+        batch_size: int,
+        max_new_tokens: int,
+        **decoding,
+    ) -> list[list[str]]:
+        """What the language model writes behind each prompt, which stands behind the photo of its row."""
+        texts: list[list[str]] = [[] for _ in prompts]
+        for part, decoder in self.decoders(images, rows, prompts, max_new_tokens, batch_size):
+            groups = generate(decoder, end_id=self.llm_texts.end_id, max_new_tokens=max_new_tokens, **decoding)
+            for i, group in zip(part, groups, strict=True):
+                texts[i] = [self.llm_texts.decode(ids) for ids in group]
+        return texts
+
+    def log_probs(
+        self, images: EncodedImages, rows: list[int], prompts: list[str], texts: list[str], batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each of M texts behind each of R prompts: summed and mean over its tokens, (R, M)."""
+        ids = self.llm_texts.encode_texts(texts, prompts[:1] * len(texts))
+        total = torch.empty(len(prompts), len(texts))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for part, decoder in self.decoders(images, rows, prompts, max(map(len, ids)), batch_size):
+            first, R = decoder.start().float().log_softmax(dim=-1), len(part)
+            for columns in batches_of(order, max(1, batch_size // R)):
+                target, mask = pad([ids[i] for i in columns], self.llm_texts.pad_id, multiple=1)
+                target, mask = target.to(self.device), mask.to(self.device)
+                said = first[:, target[:, 0]]  # (R, C)
+                if target.shape[1] > 1:  # behind each prompt each text, all but its last token
+                    every = torch.arange(R, device=self.device).repeat_interleave(len(columns))
+                    logits = decoder.fork(every).append(target[:, :-1].repeat(R, 1)).float()  # (R * C, T - 1, W)
+                    rest = -F.cross_entropy(logits.transpose(1, 2), target[:, 1:].repeat(R, 1), reduction="none")
+                    said = said + (rest.view(R, len(columns), -1) * mask[:, 1:]).sum(dim=-1)
+                total[torch.tensor(part)[:, None], torch.tensor(columns)] = said.cpu()
+        return total, total / torch.tensor([len(tokens) for tokens in ids])
+
+
+class Asked:
+    """Questions about photos in any of the shapes that `Blip2.ask` takes, in a row; and their answers in that shape."""
+
+    def __init__(self, questions, photos: int | None):
+        """photos: how many; None for a single one that is not in a list."""
+        each = [questions] if photos is None else questions
+        if photos is not None and is_question(questions):
+            each = [questions] * photos
+        if len(each) != (1 if photos is None else photos):
+            raise UserError(
+                f"got {len(each)} questions for {photos} photos, expected one for all, or one (or a list) for each"
+            )
+        self.single, self.each = photos is None, each
+        groups = [[entry] if is_question(entry) else list(entry) for entry in each]
+        if not any(groups):
+            raise UserError("got an empty list of questions, expected at least one question")
+        self.rows = [row for row, group in enumerate(groups) for _ in group]  # the photo of each question
+        self.questions = sum(groups, [])
+
+    def shaped(self, answers: list):
+        """An answer for each of `questions` -> as they were asked."""
+        left = iter(answers)
+        shaped = [next(left) if is_question(entry) else [next(left) for _ in entry] for entry in self.each]
+        return shaped[0] if self.single else shaped
+
+
+def is_question(entry) -> bool:
+    """A string, or a conversation: pairs of question and answer, then a question."""
+    if isinstance(entry, str) or len(entry) < 2:
+        return isinstance(entry, str)
+    *past, last = entry
+    return isinstance(last, str) and all(isinstance(turn, tuple) and len(turn) == 2 for turn in past)
+
+
+def is_single(images) -> bool:
+    """One picture that is not in a list."""
+    return isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim == 3)
 
 
 def local_device(wanted: str = "auto") -> torch.device:
@@ -538,9 +822,15 @@ def stage1_totals(batches: list[Batch]) -> dict[str, Tensor]:
     return {"itc": itc, "itm": itm, "itg": itg}
 
 
+def stage2_totals(batches: list[Batch]) -> dict[str, Tensor]:
+    """How many words one optimizer step predicts, over all its micro-batches and processes."""
+    words = torch.tensor(sum(len(batch.label_rows) for batch in batches), device=batches[0].label_rows.device)
+    return {"lm": all_sum(words)}
+
+
 def batches_of(items, size: int):
     """Consecutive parts of a list or tensor; a single picture or string is a list of one."""
-    if isinstance(items, (str, Path, Image.Image)) or (isinstance(items, np.ndarray) and items.ndim == 3):
+    if is_single(items):
         items = [items]
     for start in range(0, len(items), size):
         yield items[start : start + size]

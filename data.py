@@ -1,7 +1,8 @@
 """From files to batches: photos, captions, tokens, and which sample comes when.
 
 A photo set is a list of photos with captions: the built-in shapes world (shapes.py), or an annotation file beside a
-folder of photos (`Annotations`). `Texts` tokenizes, `TrainBatches` makes a `Batch`, `StepSampler` says of what.
+folder of photos (`Annotations`). `Texts` (BERT) and `LLMTexts` tokenize, `TrainBatches` makes a `Batch`, `StepSampler`
+says of what.
 
 Whatever is random about a sample (which caption, crop, flip) is drawn from (seed, its position in the run). So the
 data of step n are the same for any number of processes and workers, and after a resume.
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -149,18 +150,31 @@ def says_left_or_right(captions: list[str]) -> bool:
     return any(re.search(r"\b(left|right)", caption.lower()) for caption in captions)
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, from any of the files that the hubs have."""
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    elif (folder / "vocab.txt").exists():
+        tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"))._tokenizer
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():  # OPT
+        tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))._tokenizer
+        special = ("<s>", "<pad>", "</s>", "<unk>")
+        tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
+    else:
+        raise UserError(
+            f"{folder} has no tokenizer: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt in it"
+        )
+    tokenizer.no_padding()  # some published files have it switched on
+    tokenizer.no_truncation()
+    return tokenizer
+
+
 class Texts:
     """BERT's tokenizer with [DEC] behind its vocabulary: captions to ids and back."""
 
     def __init__(self, folder: str | Path, max_tokens: int = 32):
         folder = Path(folder)
-        if (folder / "tokenizer.json").exists():
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.txt").exists():
-            self.tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"))._tokenizer
-        else:
-            raise UserError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt in it")
-        self.tokenizer.no_padding()  # some published files have it switched on
+        self.tokenizer = open_tokenizer(folder)
         self.tokenizer.enable_truncation(max_tokens)
         self.max_tokens = max_tokens
         self.pad_id, self.cls_id, self.sep_id = (self.tokenizer.token_to_id(t) for t in ("[PAD]", "[CLS]", "[SEP]"))
@@ -176,19 +190,104 @@ class Texts:
         """Ids, special tokens skipped, to a string."""
         return self.tokenizer.decode([token for token in ids if token < self.vocab_size - 1])
 
+    def batch(self, captions: list[str], rngs: list, image_ids: list[int], **rest) -> "Batch":
+        """What stage 1 learns of."""
+        ids = self.encode(captions)
+        truncated = sum(len(tokens) == self.max_tokens for tokens in ids)
+        return make_batch(ids, self.pad_id, image_ids, truncated=truncated, **rest)
+
     def save(self, folder: Path) -> None:
         """tokenizer.json, from which `Texts` can be opened again."""
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def pad(ids: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+class LLMTexts:
+    """The language model's tokenizer: prompts and texts, with the tokens in front of them and behind them.
+
+    layout: `llm.Layout`. OPT reads "</s> prompt" and writes "text newline", T5 reads "prompt </s>" and writes
+    "text </s>".
+    """
+
+    def __init__(self, folder: str | Path, layout, max_tokens: int = 32):
+        self.folder, self.layout, self.max_tokens = Path(folder), layout, max_tokens
+        self.tokenizer = open_tokenizer(self.folder)
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.start, self.end = ([self.token(t)] if t else [] for t in (layout.prompt_start, layout.prompt_end))
+        self.end_id, self.pad_id = self.token(layout.text_end), self.token("<pad>")
+
+    def token(self, text: str) -> int:
+        """The one token that the text is."""
+        token = self.tokenizer.token_to_id(text)
+        ids = self.encode([text])[0] if token is None else [token]
+        if len(ids) != 1:
+            raise UserError(f"the tokenizer in {self.folder} has no token {text!r}: use the language model's own")
+        return ids[0]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """As they are, without special tokens."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
+        """What the model reads behind the visual embeddings."""
+        return [self.start + ids + self.end for ids in self.encode(prompts)]
+
+    def encode_texts(self, texts: list[str], prompts: list[str]) -> list[list[int]]:
+        """What it shall write behind the prompts."""
+        glued = [(self.layout.glue if prompt else "") + text for text, prompt in zip(texts, prompts, strict=True)]
+        return [ids + [self.end_id] for ids in self.encode(glued)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids, special tokens skipped, to a string without space around it."""
+        return self.tokenizer.decode(ids).strip()
+
+    def batch(self, captions: list[str], rngs: list, image_ids: list[int], **rest) -> "Batch":
+        """What stage 2 learns of: the caption; or its second part given the first, cut at random (prefix LM)."""
+        pairs = [("", clean_caption(caption)) for caption in captions]
+        if self.layout.prefix_lm:
+            pairs = [cut_in_two(caption, rng) for (_, caption), rng in zip(pairs, rngs, strict=True)]
+        prompts, texts = map(list, zip(*pairs, strict=True))
+        prompt_ids, target_ids, truncated = self.encode_prompts(prompts), self.encode_texts(texts, prompts), 0
+        for row, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
+            # OPT's text counts from [BOS] on, T5's two sides count each for itself, as in the original.
+            room = self.max_tokens - (0 if self.layout.prefix_lm else len(prompt))
+            truncated += len(prompt) > self.max_tokens or len(target) > room
+            prompt_ids[row] = cut_short(prompt, self.max_tokens, self.end)
+            target_ids[row] = cut_short(target, room, [self.end_id])
+        side = self.layout.pads
+        return make_llm_batch(prompt_ids, target_ids, self.pad_id, side, image_ids, truncated=truncated, **rest)
+
+
+def cut_short(ids: list[int], room: int, end: list[int]) -> list[int]:
+    """At most `room` tokens that still end as they should (the original cuts OPT's newline off)."""
+    return ids if len(ids) <= room else ids[: room - len(end)] + end
+
+
+def cut_in_two(caption: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Prefix and suffix of a caption of n words (paper 3.3), after 0 to n - 1 of them: so the prefix may be empty."""
+    words = caption.split()
+    cut = int(rng.integers(len(words)))
+    return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+def pad(ids: list[list[int]], pad_id: int, side: str = "right", multiple: int = 8) -> tuple[Tensor, Tensor]:
     """Token lists -> ids (B, T) and mask (B, T) bool; T is the longest, rounded up to 8 for the matrix units."""
-    longest = -(-max(map(len, ids)) // 8) * 8
-    padded = torch.full((len(ids), longest), pad_id)
-    for row, tokens in zip(padded, ids, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
-    lengths = torch.tensor([len(tokens) for tokens in ids])
-    return padded, torch.arange(longest) < lengths[:, None]
+    longest = -(-max(map(len, ids)) // multiple) * multiple
+    padded, mask = torch.full((len(ids), longest), pad_id), torch.zeros(len(ids), longest, dtype=torch.bool)
+    for row, real, tokens in zip(padded, mask, ids, strict=True):
+        place = slice(longest - len(tokens), None) if side == "left" else slice(len(tokens))
+        row[place], real[place] = torch.tensor(tokens), True
+    return padded, mask
+
+
+def ask_in(template: str, turns) -> str:
+    """A question put into the template, or a conversation: [(question, answer), ..., question].
+
+    With the template "Question: {} Answer:", the turns ("what is it?", "a dog") and "what color?" become
+    "Question: what is it? Answer: a dog. Question: what color? Answer:".
+    """
+    *past, question = [turns] if isinstance(turns, str) else turns
+    said = [f"{template.replace('{}', asked)} {answer.rstrip('.')}." for asked, answer in past]
+    return " ".join([*said, template.replace("{}", question)])
 
 
 # --- photo sets ------------------------------------------------------------------------------------------------------
@@ -427,19 +526,23 @@ class CachedTokens:
 
 @dataclass
 class Batch:
-    """One micro-batch of one process. Either `images` or, from the cache, `image_tokens` is there."""
+    """One micro-batch of one process. Either `images` or, from the cache, `image_tokens` is there; text for the
+    Q-Former (stage 1), or a prompt and what the language model shall write behind it (stage 2)."""
 
-    text_ids: Tensor  # (B, T)
-    text_mask: Tensor  # (B, T) bool, True = real token
-    label_rows: Tensor  # (n,) those b * T + t after which there is a next word: where ITG reads logits
     image_ids: Tensor  # (B,) int64, equal where the photo is the same
+    label_rows: Tensor  # (n,) those b * T + t where logits are read: of text with a next word, or of target
+    text_ids: Tensor | None = None  # (B, T)
+    text_mask: Tensor | None = None  # (B, T) bool, True = real token
+    prompt_ids: Tensor | None = None  # (B, n)
+    prompt_mask: Tensor | None = None  # (B, n) bool
+    target_ids: Tensor | None = None  # (B, T), padded on the right
     images: Tensor | None = None  # (B, 3, H, W) uint8
     image_tokens: Tensor | None = None  # (B, P, V) fp16
     broken: list[tuple[str, str]] = field(default_factory=list)  # photos that could not be read, and why
     truncated: int = 0  # texts that reach the limit: cut, or just as long
 
     def __len__(self) -> int:
-        return len(self.text_ids)
+        return len(self.image_ids)
 
     def map(self, function) -> "Batch":
         """The same with `function` applied to its tensors."""
@@ -460,7 +563,18 @@ def make_batch(ids: list[list[int]], pad_id: int, image_ids: list[int], **rest) 
     text_ids, text_mask = pad(ids, pad_id)
     has_next = torch.zeros_like(text_mask)
     has_next[:, :-1] = text_mask[:, 1:]
-    return Batch(text_ids, text_mask, has_next.flatten().nonzero().squeeze(1), torch.tensor(image_ids), **rest)
+    rows = has_next.flatten().nonzero().squeeze(1)
+    return Batch(torch.tensor(image_ids), rows, text_ids=text_ids, text_mask=text_mask, **rest)
+
+
+def make_llm_batch(
+    prompts: list[list[int]], targets: list[list[int]], pad_id: int, side: str, image_ids: list[int], **rest
+) -> Batch:
+    """Tokens of prompts and of what shall be written, and photo ids -> Batch, padded."""
+    prompt_ids, prompt_mask = pad(prompts, pad_id, side, multiple=1)
+    target_ids, target_mask = pad(targets, pad_id)
+    rows, ids = target_mask.flatten().nonzero().squeeze(1), torch.tensor(image_ids)
+    return Batch(ids, rows, prompt_ids=prompt_ids, prompt_mask=prompt_mask, target_ids=target_ids, **rest)
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:
@@ -476,7 +590,7 @@ def choose_caption(captions: list[str], rng: np.random.Generator) -> str:
 class TrainBatches(Dataset):
     """(position, index) pairs of a step -> its Batch. A photo that cannot be read is replaced by the next that can."""
 
-    def __init__(self, photos: Mixture, texts: Texts, image_size: int, seed: int):
+    def __init__(self, photos: Mixture, texts: Texts | LLMTexts, image_size: int, seed: int):
         self.photos, self.texts, self.image_size, self.seed = photos, texts, image_size, seed
 
     def __len__(self) -> int:
@@ -485,14 +599,12 @@ class TrainBatches(Dataset):
     def __getitems__(self, samples: list[tuple[int, int]]) -> Batch:
         found = [self.sample(position, index) for position, index in samples]
         captions, rows, views, broken = zip(*found, strict=True)
-        ids, views = self.texts.encode(captions), torch.stack(views)
-        return make_batch(
-            ids,
-            self.texts.pad_id,
+        return self.texts.batch(
+            captions,
+            [np.random.default_rng([self.seed, position, 1]) for position, _ in samples],
             [self.photos.image_id(row) for row in rows],
-            **{"image_tokens" if self.photos.cached else "images": views},
+            **{"image_tokens" if self.photos.cached else "images": torch.stack(views)},
             broken=[photo for photos in broken for photo in photos],
-            truncated=sum(len(tokens) == self.texts.max_tokens for tokens in ids),
         )
 
     def sample(self, position: int, index: int) -> tuple[str, int, Tensor, list[tuple[str, str]]]:

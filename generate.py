@@ -86,7 +86,7 @@ def generate(
         prompt_ids=prompt_ids,
     )
     if num_beams > 1:
-        return beam_search(
+        found = beam_search(
             decoder,
             num_beams=num_beams,
             num_captions=num_captions,
@@ -94,6 +94,7 @@ def generate(
             early_stopping=early_stopping,
             **shared,
         )
+        return [[text for text, _ in group] for group in found]
 
     def pick(logits: Tensor) -> Tensor:
         if not sample:
@@ -167,12 +168,15 @@ def beam_search(
     min_new_tokens,
     repetition_penalty,
     prompt_ids,
-) -> list[list[list[int]]]:
-    """The `num_beams` likeliest running texts of each image, and as many finished ones. N images, K beams."""
+) -> list[list[tuple[list[int], float]]]:
+    """The `num_beams` likeliest running texts of each image, and as many finished ones -> texts with their scores.
+
+    N images, K beams.
+    """
     logits = decoder.start().float()
     device, K = logits.device, num_beams
     images = list(range(len(logits)))  # whose rows are being computed
-    best: list[list[list[int]]] = [[] for _ in images]
+    best: list[list[tuple[list[int], float]]] = [[] for _ in images]
     seen = torch.full((len(images), 0), -1, device=device) if prompt_ids is None else prompt_ids
     prompt = seen.shape[1]
     seen, running = seen[:, None], torch.zeros(len(images), 1, device=device)  # (N, beams, n), (N, beams)
@@ -216,7 +220,8 @@ def beam_search(
             open_ &= False
         closed = (~open_).nonzero().squeeze(1).tolist()
         for row in closed:
-            best[images[row]] = [text_before(end_id, text) for text in done[row, :num_captions].tolist()]
+            texts_of_row, scores_of_row = done[row, :num_captions].tolist(), scores[row].tolist()
+            best[images[row]] = [(text_before(end_id, t), s) for t, s in zip(texts_of_row, scores_of_row)]
         if len(closed) == N:
             break
         going = open_.nonzero().squeeze(1)

@@ -1,8 +1,9 @@
-"""The three losses of stage 1 (paper 3.2) as functions of tensors, and what they need from other processes.
+"""The losses of both stages (paper 3.2, 3.3) as functions of tensors, and what they need from other processes.
 
     ITC  image-text contrast    which text of the whole batch belongs to this image, and the other way round
     ITM  image-text matching    does this pair match? a pair, and two that look alike
     ITG  text generation        the next word, given the queries' view of the image
+    LM   language modelling     the frozen language model's next word, given the queries' view (stage 2)
 
 Every loss is a sum over this process's rows divided by `total`, the number of rows in the whole step: over all
 processes and all micro-batches of an accumulated step. So what the processes have adds up to the loss of the one big
@@ -228,4 +229,13 @@ def itm_loss(logits: Tensor, is_match: Tensor, valid: Tensor, total: Tensor | in
 def itg_loss(logits: Tensor, next_ids: Tensor, total: Tensor | int | None = None) -> Tensor:
     """Cross-entropy with label smoothing of (n, W) logits, at the n positions that have a next token, against it."""
     loss = F.cross_entropy(logits.float(), next_ids, label_smoothing=LABEL_SMOOTHING, reduction="sum")
+    return loss / (len(next_ids) if total is None else total)
+
+
+# --- language modelling (stage 2) ------------------------------------------------------------------------------------
+
+
+def lm_loss(logits: Tensor, next_ids: Tensor, total: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of (n, W) logits, at the n positions that predict something, against it; no smoothing."""
+    loss = F.cross_entropy(logits.float(), next_ids, reduction="sum")
     return loss / (len(next_ids) if total is None else total)

@@ -88,14 +88,19 @@ def drop(x: Tensor, p: float) -> Tensor:
     return torch.where(kept, x * (1 / (1 - p)), 0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v of (B, H, rows, K) and (B, H, keys, K); mask: bool, broadcast to the scores."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k^T) v of (B, H, rows, K) and (B, H, keys, K).
+
+    mask: bool, True = may attend, or what is added to the scores; broadcast to them. scale: 1 / sqrt(K) if not given.
+    """
     if q.is_cuda or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     # Training on CPU, the plain products are faster than the fused kernel, whose backward recomputes them.
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, rows, keys)
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)  # (B, H, rows, keys)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return drop(scores.softmax(dim=-1), dropout) @ v
 
 

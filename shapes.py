@@ -12,6 +12,7 @@ validation splits never occur in training. The captions of a test or validation 
 import hashlib
 import random
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -64,6 +65,25 @@ HELD_OUT_WORDINGS = {
     1: ("there is at the {at_a} {a}",),
     2: ("there is a picture of {b} {inv} {a}",),
     3: ("a picture of {b} at the {at_b}, {c} at the {at_c}, {a} at the {at_a}",),
+}
+# {shape}, {color}: of the one that is asked about; {a}, {b} without an article; {rel} of the first to the second.
+QUESTIONS = {
+    "count": ("how many shapes are there?", "how many shapes do you see?", "what is the number of shapes?"),
+    "color": ("what color is the {shape}?", "which color does the {shape} have?", "what is the color of the {shape}?"),
+    "size": ("is the {shape} small or large?", "what size is the {shape}?", "what is the size of the {shape}?"),
+    "place": ("where is the {shape}?", "at which place is the {shape}?", "what is the place of the {shape}?"),
+    "shape": ("what shape is {color}?", "which shape is {color}?", "what is the {color} shape?"),
+    "relation": ("what is {rel} the {a}?", "which shape is {rel} the {a}?"),
+    "yes or no": ("is the {a} {rel} the {b}?", "do you see the {a} {rel} the {b}?"),
+}
+HELD_OUT_QUESTIONS = {
+    "count": ("what number of shapes are there?",),
+    "color": ("which color is the {shape}?",),
+    "size": ("which size does the {shape} have?",),
+    "place": ("at what place is the {shape}?",),
+    "shape": ("which is the {color} shape?",),
+    "relation": ("what shape is {rel} the {a}?",),
+    "yes or no": ("is there the {a} {rel} the {b}?",),
 }
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -181,24 +201,38 @@ def captions(scene: Scene, held_out: bool = False) -> list[str]:
     return [wording.format(**parts) for wording in wordings]
 
 
-def questions(scene: Scene) -> list[tuple[str, str]]:
-    """Questions about the scene that have one answer."""
-    pairs = [("how many shapes are there?", ("one", "two", "three")[len(scene) - 1])]
+class Question(NamedTuple):
+    """A question in several wordings, and its one answer."""
+
+    kind: str
+    wordings: list[str]
+    answer: str
+
+
+def questions(scene: Scene, held_out: bool = False) -> list[Question]:
+    """Questions about the scene that have one answer, which its captions tell; in the wordings that the language
+    models of assets/tiny have learned, or in the held-out ones."""
+
+    def ask(kind: str, answer: str, **parts) -> Question:
+        wordings = (HELD_OUT_QUESTIONS if held_out else QUESTIONS)[kind]
+        return Question(kind, [wording.format(**parts) for wording in wordings], answer)
+
+    asked = [ask("count", ("one", "two", "three")[len(scene) - 1])]
     for thing in scene:
         if sum(other.shape == thing.shape for other in scene) == 1:
-            pairs += [
-                (f"what color is the {thing.shape}?", thing.color),
-                (f"is the {thing.shape} small or large?", thing.size),
-                (f"where is the {thing.shape}?", thing.place),
-            ]
+            asked.append(ask("color", thing.color, shape=thing.shape))
+            asked.append(ask("size", thing.size, shape=thing.shape))
+            if len(scene) != 2:  # the captions of two things tell how they stand to each other, not where
+                asked.append(ask("place", thing.place, shape=thing.shape))
         if sum(other.color == thing.color for other in scene) == 1:
-            pairs.append((f"what shape is {thing.color}?", thing.shape))
+            asked.append(ask("shape", thing.shape, color=thing.color))
     if len(scene) == 2:
-        for a, b in (scene, scene[::-1]):
-            pairs.append((f"what is {RELATIONS[relation(a, b)]} {a.words}?".replace(" a ", " the "), b.words))
-            pairs.append((f"is {a.words} {relation(a, b)} {b.words}?".replace(" a ", " the "), "yes"))
-            pairs.append((f"is {a.words} {relation(b, a)} {b.words}?".replace(" a ", " the "), "no"))
-    return pairs
+        rel = relation(*scene)
+        for (a, b), answer in ((scene, "yes"), (scene[::-1], "no")):
+            parts = {"a": a.words[2:], "b": b.words[2:]}
+            asked.append(ask("relation", b.words, rel=relation(b, a), **parts))
+            asked.append(ask("yes or no", answer, rel=rel, **parts))
+    return asked
 
 
 def draw(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
@@ -300,12 +334,17 @@ class ShapesWorld:
         scene = self.scene(index)
         if self.split == "train":
             return captions(scene)
-        held_out = bool(self.subsets) and self.subsets[index] == "held-out wordings"
+        held_out = self.subset(index) == "held-out wordings"
         return [self.rng(index, "wording").choice(captions(scene, held_out))]
 
-    def questions(self, index: int) -> list[tuple[str, str]]:
-        """Question-answer pairs about the picture."""
-        return questions(self.scene(index))
+    def subset(self, index: int) -> str:
+        """To which subset of the test split the picture belongs; elsewhere all are plain."""
+        return self.subsets[index] if self.subsets else "plain"
+
+    def questions(self, index: int) -> list[tuple[str, str, str]]:
+        """(kind, question, answer) of all there is to ask about the picture, each in one of its wordings."""
+        held_out, rng = self.subset(index) == "held-out wordings", self.rng(index, "questions")
+        return [(q.kind, rng.choice(q.wordings), q.answer) for q in questions(self.scene(index), held_out)]
 
     def picture(self, index: int) -> Image.Image:
         """The picture itself."""

@@ -1,6 +1,9 @@
 """Training. `torchrun train.py --stage 1` or `python train.py --stage 1`; every flag is a field of `TrainConfig`.
 
-Stage 1 trains the Q-Former with ITC, ITM and ITG over a frozen ViT (paper 3.2, 3.4). What it writes, runs/stage1/:
+Stage 1 trains the Q-Former with ITC, ITM and ITG over a frozen ViT (paper 3.2, 3.4). Stage 2 goes on from a run of
+stage 1 (`--stage 2 --init runs/stage1 --llm FOLDER`) with a frozen language model behind the queries (3.3).
+
+What a run writes, runs/stage1/ or runs/stage2/:
 
     config.json, model.safetensors, tokenizer.json    the latest model; `Blip2.from_pretrained` opens the folder
     train_state.pt                                    what `--resume` needs besides
@@ -8,7 +11,7 @@ Stage 1 trains the Q-Former with ITC, ITM and ITG over a frozen ViT (paper 3.2, 
     step-000500/                                      the last `--keep` checkpoints, each complete
     best/                                             the model that was best in validation
 
-    retrieval.json                                    the evaluation at the end
+    retrieval.json, answers.json or captions.json     the evaluation at the end
 
 One process or many, CPU, CUDA or MPS: the same lines. The total batch is fixed by --batch; spreading it over processes
 changes the speed only. Micro-batches change what ITC compares and where ITM's negatives come from, because a
@@ -38,11 +41,21 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from blip2 import OBJECTIVES, PRECISIONS, Blip2, choose_precision, local_device, stage1_totals
+from blip2 import (
+    OBJECTIVES,
+    PRECISIONS,
+    Blip2,
+    choose_precision,
+    local_device,
+    relocated,
+    stage1_totals,
+    stage2_totals,
+)
 from data import (
     BROKEN_SHARE,
     CachedTokens,
     Mixture,
+    Shapes,
     StepSampler,
     TrainBatches,
     UserError,
@@ -52,8 +65,10 @@ from data import (
     say_sentence,
     train_loader,
 )
-from eval import clock, retrieval, say, shard, table
+from eval import answer_table, answering, caption_table, captioning, clock, retrieval, say, shard, table
+from llm import T5Config
 from losses import ITM_PRIOR, all_sum, barrier, gather_objects, smoothing_floor, start_processes, world
+from weights import llm_config
 
 # --- configuration ---------------------------------------------------------------------------------------------------
 
@@ -62,17 +77,19 @@ from losses import ITM_PRIOR, all_sum, barrier, gather_objects, smoothing_floor,
 class TrainConfig:
     """All flags. What is None is taken from the recipe."""
 
-    stage: str = "1"  # what to train: 1 is representation learning (paper 3.2)
+    stage: str = "1"  # what to train: 1 is representation learning (paper 3.2), 2 generative learning (3.3)
+    init: str = ""  # stage 2: the run of stage 1 to start from, or none for a Q-Former fresh from BERT
+    llm: str = "assets/tiny/opt"  # stage 2: frozen language model: a folder, or opt-2.7b, ... for random weights
     vit: str = "assets/tiny/vit"  # frozen image encoder: a folder, or eva-g, clip-l for random weights, or eva-g:FILE
     bert: str = "assets/tiny/bert"  # BERT folder that the Q-Former starts from
     data: list[str] = field(default_factory=lambda: ["shapes"])  # shapes, or a .json / .jsonl file; may be repeated
     images: str = ""  # folder of the photos, if they are not beside the annotation file
     val_data: str = ""  # annotations to validate on
     val_photos: int = 0  # or: hold out this many photos of --data
-    out: str = "runs/stage1"  # folder of the run
+    out: str = ""  # folder of the run; runs/stage1 or runs/stage2 if not given
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # throw away the run in --out
-    losses: str = ",".join(OBJECTIVES)  # which of itc,itm,itg; itc is always needed
+    losses: str = ",".join(OBJECTIVES)  # stage 1: which of itc,itm,itg; itc is always needed
     steps: int | None = None  # optimizer steps
     batch: int | None = None  # total batch of a step, over all processes
     micro_batch: int = 0  # photos a process takes at once; 0 is its whole share of --batch, less is accumulated
@@ -82,7 +99,7 @@ class TrainConfig:
     beta2: float | None = None  # of AdamW
     weight_decay: float | None = None  # of tensors with two or more dimensions
     clip: float | None = None  # maximal norm of the gradient
-    negatives_ramp: int | None = None  # steps over which ITM's negatives go from random to hard; 0: hard from the start
+    negatives_ramp: int | None = None  # stage 1: steps from random to hard negatives in ITM; 0 is hard at once
     dropout: float | None = None  # of the Q-Former
     image_size: int | None = None  # pixels a side
     queries: int | None = None  # learned queries
@@ -90,6 +107,7 @@ class TrainConfig:
     embed_dim: int | None = None  # of the space in which ITC compares
     max_text_tokens: int = 32  # longer texts are cut
     last_block: bool = False  # use the ViT's last block too; the paper drops it
+    grad_checkpointing: bool = False  # stage 2: recompute the language model's blocks: slower, less memory
     cache_features: bool = False  # run the ViT once per photo and keep its tokens on disk; no augmentation then
     seed: int = 0  # of everything random
     precision: str = "auto"  # auto, fp32, bf16 or fp16
@@ -103,18 +121,34 @@ class TrainConfig:
 
 # Paper 3.4 gives stage 1 no minimal rate and no clipping; 1e-5 is the original's, which clips nothing, warms up for
 # 5,000 steps and takes beta2 0.999. The paper's batch is 1,680 with ViT-g, 2,320 with ViT-L.
+PAPER_SIZES = dict(dropout=0.1, image_size=224, queries=32, embed_dim=256)
+TINY_SIZES = dict(dropout=0.0, image_size=64, queries=8, embed_dim=64)
+ADAMW = dict(beta2=0.98, weight_decay=0.05, clip=1.0)
 RECIPES = {
-    "paper": dict(
-        steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, beta2=0.98, weight_decay=0.05, clip=1.0,
-        negatives_ramp=0, dropout=0.1, image_size=224, queries=32, embed_dim=256, eval_every=5000, save_every=5000,
+    "stage 1, paper": dict(
+        steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, negatives_ramp=0, eval_every=5000,
+        save_every=5000, **ADAMW, **PAPER_SIZES,
     ),
     # For the shapes world over the tiny encoders: a few minutes on two CPU cores. A run this short has no time to lose
     # on negatives that are too hard at first.
-    "tiny": dict(
-        steps=1890, batch=32, lr=1e-3, min_lr=1e-5, warmup=90, beta2=0.98, weight_decay=0.05, clip=1.0,
-        negatives_ramp=600, dropout=0.0, image_size=64, queries=8, embed_dim=64, eval_every=945, save_every=945,
+    "stage 1, tiny": dict(
+        steps=1890, batch=32, lr=1e-3, min_lr=1e-5, warmup=90, negatives_ramp=600, eval_every=945, save_every=945,
+        **ADAMW, **TINY_SIZES,
+    ),
+    # Stage 2 of the paper; the original takes batches of 1,024, beta2 0.999 and a minimal rate of 1e-5.
+    "stage 2, paper, OPT": dict(
+        steps=80_000, batch=1920, lr=1e-4, min_lr=5e-5, warmup=2000, eval_every=5000, save_every=5000,
+        **ADAMW, **PAPER_SIZES,
+    ),
+    "stage 2, paper, T5": dict(
+        steps=80_000, batch=1520, lr=1e-4, min_lr=5e-5, warmup=2000, eval_every=5000, save_every=5000,
+        **ADAMW, **PAPER_SIZES,
+    ),
+    "stage 2, tiny": dict(
+        steps=2500, batch=32, lr=1e-3, min_lr=1e-5, warmup=75, eval_every=500, save_every=2500, **ADAMW, **TINY_SIZES,
     ),
 }  # fmt: skip
+ONLY_IN = {"losses": "1", "negatives_ramp": "1", "init": "2", "llm": "2", "grad_checkpointing": "2"}
 
 # When a run is resumed, these may differ from what it was started with; the last three change its numbers.
 MAY_CHANGE = {
@@ -154,20 +188,57 @@ def parse_flags(argv: list[str] | None) -> tuple[TrainConfig, set[str]]:
 
 
 def complete(cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, str]:
-    """Fill what was not given from the recipe -> the whole configuration, and what was chosen and why."""
-    name = "tiny" if cfg.data == ["shapes"] else "paper"
-    recipe = {key: value for key, value in RECIPES[name].items() if key not in given}
-    cfg = dataclasses.replace(cfg, **recipe)
-    why = "--data is shapes" if name == "tiny" else "--data is not shapes"
-    chosen = ", ".join(f"{key} {value:g}" for key, value in recipe.items())
-    return cfg, f'recipe "{name}", because {why}: {chosen}'
+    """Fill what was not given from the run of stage 1 (--init) and from the recipe -> the whole configuration, and
+    what was chosen and why."""
+    if cfg.stage not in ("1", "2"):
+        raise UserError(f"got --stage {cfg.stage}, expected 1 or 2")
+    for name in given & set(ONLY_IN):
+        if ONLY_IN[name] != cfg.stage:
+            flag = name.replace("_", "-")
+            raise UserError(f"got --{flag}, a flag of stage {ONLY_IN[name]}, in stage {cfg.stage}: leave it out")
+    if cfg.stage == "2" and not cfg.init:
+        raise UserError("stage 2 starts from a run of stage 1: pass --init runs/stage1, or --init none to go without")
+    name, why = f"stage {cfg.stage}, ", "--data is not shapes"
+    if cfg.data == ["shapes"]:
+        name, why = name + "tiny", "--data is shapes"
+    elif cfg.stage == "1":
+        name += "paper"
+    else:
+        name += "paper, T5" if isinstance(llm_config(cfg.llm)[0], T5Config) else "paper, OPT"
+    inherited = inherit(cfg, given) if cfg.stage == "2" and cfg.init != "none" else {}
+    recipe = {key: value for key, value in RECIPES[name].items() if key not in given | inherited.keys()}
+    chosen = f'recipe "{name}", because {why}: ' + ", ".join(f"{key} {value:g}" for key, value in recipe.items())
+    if inherited:
+        chosen += f"\nfrom {cfg.init}: " + ", ".join(f"{key} {value}" for key, value in inherited.items())
+    return dataclasses.replace(cfg, **recipe, **inherited), chosen
+
+
+def inherit(cfg: TrainConfig, given: set[str]) -> dict:
+    """What a run of stage 2 takes from the run of stage 1 it starts from; of these flags, --vit and --dropout may say
+    something else."""
+    folder = Path(cfg.init)
+    if not (folder / "config.json").exists():
+        raise UserError(f"--init {folder} is not a run: train it with --stage 1 --out {folder}, or pass --init none")
+    run = read_json(folder / "config.json")
+    inherited = {
+        "vit": relocated(run["vit"], folder),
+        "bert": relocated(run["bert"], folder),
+        "dropout": run["qformer"]["dropout"],
+        "queries": run["qformer"]["num_queries"],
+        "cross_every": run["qformer"]["cross_every"],
+        **{name: run[name] for name in ("image_size", "embed_dim", "max_text_tokens", "last_block")},
+    }
+    for name in given & inherited.keys() - {"vit", "dropout"}:
+        if getattr(cfg, name) != inherited[name]:
+            flag = name.replace("_", "-")
+            raise UserError(f"got --{flag} {getattr(cfg, name)}, but {folder} has {inherited[name]}: leave it out")
+    return {name: value for name, value in inherited.items() if name not in given}
 
 
 def check(cfg: TrainConfig) -> None:
     """Refuse what cannot work, in a sentence."""
     objectives = cfg.losses.split(",")
     for flag, got, fine, expected in (
-        ("stage", cfg.stage, cfg.stage == "1", "1"),
         (
             "losses",
             cfg.losses,
@@ -181,7 +252,7 @@ def check(cfg: TrainConfig) -> None:
         ("beta2", cfg.beta2, 0 <= cfg.beta2 < 1, "0 or more, and below 1"),
         ("dropout", cfg.dropout, 0 <= cfg.dropout < 1, "0 or more, and below 1"),
         *((name, getattr(cfg, name), getattr(cfg, name) >= 1, "at least 1") for name in AT_LEAST_1),
-        *((name, getattr(cfg, name), getattr(cfg, name) >= 0, "0 or more") for name in AT_LEAST_0),
+        *((name, getattr(cfg, name), (getattr(cfg, name) or 0) >= 0, "0 or more") for name in AT_LEAST_0),
     ):
         if not fine:
             raise UserError(f"got --{flag.replace('_', '-')} {got}, expected {expected}")
@@ -252,6 +323,8 @@ def parts_table(model: Blip2) -> str:
         "ITC projections": nn.ModuleList([model.vision_proj, model.text_proj]),
         "ITM head": model.itm_head,
     }
+    if model.llm is not None:
+        parts |= {"LM projection": model.llm_proj, "LM (frozen)": model.llm}
     rows = [(name, list(part.parameters())) for name, part in parts.items()]
     rows += [("temperature", [model.temperature]), ("all", list(model.parameters()))]
     lines = [f"{'part':18} {'parameters':>14} {'trainable':>14}  dtype"]
@@ -272,7 +345,8 @@ def memory_estimate(
     size = 4 if model.amp_dtype is None else 2
     P = (model.image_size // vit.patch_size) ** 2 + 1
     # (rows, keys) of the self-attention of each pass of a sample, and how often its queries read the image
-    passes = [(Q, Q), (T, T)] + [(Q + T, Q + T)] * 3 * ("itm" in objectives) + [(T, Q + T)] * ("itg" in objectives)
+    passes = [(Q, Q)] + [(T, T)] * ("itc" in objectives)
+    passes += [(Q + T, Q + T)] * 3 * ("itm" in objectives) + [(T, Q + T)] * ("itg" in objectives)
     reads = 1 + 3 * ("itm" in objectives)
     tokens = sum(rows for rows, _ in passes)
     kept = cfg.depth * tokens * (12 * cfg.width + 2 * cfg.mlp)  # inputs of Linears, norms and GELU
@@ -282,6 +356,9 @@ def memory_estimate(
     kept += 3 * P * vit.width
     if "itg" in objectives:
         kept += T * cfg.vocab_size * 8 / size  # logits, in fp32 as well
+    if "lm" in objectives:  # no gradients of weights here, so the inputs of Linears need not be kept
+        lm, S = model.llm.cfg, Q + T
+        kept += lm.depth * (S * (8 * lm.width + 2 * lm.mlp) + 2 * lm.heads * S * S) + T * lm.vocab_size * 8 / size
     return {
         "frozen": frozen,
         "weights": trained,
@@ -309,6 +386,7 @@ def loss_bounds(objectives: tuple[str, ...], texts: int, words: int) -> dict[str
         "itc": (smoothing_floor(texts), math.log(texts)),
         "itm": (0.0, ITM_PRIOR),
         "itg": (smoothing_floor(words), math.log(words)),
+        "lm": (0.0, math.log(words)),
     }
     return {name: bounds[name] for name in objectives}
 
@@ -316,8 +394,9 @@ def loss_bounds(objectives: tuple[str, ...], texts: int, words: int) -> dict[str
 def log_line(step: int, cfg: TrainConfig, row: dict, bounds: dict, eta: float) -> str:
     """A step in one line; behind each loss its floor and what chance gives."""
     losses = "  ".join(f"{name} {row[name]:.3f} ({low:.2f} to {high:.2f})" for name, (low, high) in bounds.items())
+    temperature = f"temp {row['temperature']:.3f} | " if "itc" in bounds else ""
     return (
-        f"step {step:{len(str(cfg.steps))}}/{cfg.steps} | {losses} | temp {row['temperature']:.3f} | "
+        f"step {step:{len(str(cfg.steps))}}/{cfg.steps} | {losses} | {temperature}"
         f"lr {row['lr']:.1e} | norm {row['norm']:.1f} | {row['photos_per_s']:.0f} photos/s | "
         f"{row['gigabytes']:.1f} GB | eta {clock(eta)}"
     )
@@ -413,11 +492,13 @@ def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, P
 
 def restore(folder: Path, state: dict, model: Blip2, optimizer, scaler) -> tuple[float, float]:
     """Put everything where it stood at a checkpoint -> the best score so far, the seconds trained so far."""
-    if read_json(folder / "config.json")["vit_sha256"] != model.vit_sha256:
-        raise UserError(
-            f"--resume: {model.sources['vit']} holds other weights than the run was trained over: "
-            "put the old ones back, or start another run with --out"
-        )
+    config = read_json(folder / "config.json")
+    for part in ("vit", "llm"):
+        if config.get(f"{part}_sha256") != model.frozen_sha256(part):
+            raise UserError(
+                f"--resume: {model.sources[part]} holds other weights than the run was trained over: "
+                "put the old ones back, or start another run with --out"
+            )
     model.load_trained(folder)
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"] and scaler.is_enabled():
@@ -445,10 +526,10 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     rank, size = world()
 
     # --- a new run, or an old one
-    run = Path(cfg.out)
+    run = Path(cfg.out or f"runs/stage{cfg.stage}")
     cfg, folder, resumed = resume(run, cfg, given) if cfg.resume else begin(run, cfg, given)
     check(cfg)
-    objectives = tuple(cfg.losses.split(","))
+    objectives = tuple(cfg.losses.split(",")) if cfg.stage == "1" else ("lm",)
     device = local_device(cfg.device)
     if device.type == "cpu":
         keep_memory()
@@ -460,9 +541,11 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
 
     # --- model
     torch.manual_seed(cfg.seed)  # the same new weights on all processes
-    model = build_model(cfg, objectives).set_precision(precision, device).train()
+    model = build_model(cfg, objectives, folder).set_precision(precision, device).train()
     say(f"{device}, {size} process(es), {precision} because {why}")
-    say(parts_table(model), memory_line(model, micro_batch, objectives), negatives_line(micro_batch * size, accumulate))
+    say(parts_table(model), memory_line(model, micro_batch, objectives))
+    if "itc" in objectives:
+        say(negatives_line(micro_batch * size, accumulate))
 
     # --- data
     photos, val = open_data(cfg, model, run)
@@ -470,7 +553,8 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     start = resumed["step"] if resumed else 0
     sampler = StepSampler(photos, cfg.seed, micro_batch, accumulate, cfg.steps, start, rank, size)
     say(f"{len(photos):,} training pictures, {sampler.per_epoch:,} steps an epoch, {workers} loader workers")
-    batches = TrainBatches(photos, model.texts, cfg.image_size, cfg.seed)
+    texts, count_totals = (model.llm_texts, stage2_totals) if "lm" in objectives else (model.texts, stage1_totals)
+    batches = TrainBatches(photos, texts, cfg.image_size, cfg.seed)
     batches = iter(train_loader(batches, sampler, workers, pin=device.type == "cuda"))
 
     # --- optimizer, and where an old run stood
@@ -486,7 +570,8 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     generator = torch.Generator()  # of the hard negatives
 
     # --- log
-    bounds = loss_bounds(objectives, micro_batch * size, model.qformer.cfg.vocab_size)
+    words = (model.qformer if model.llm is None else model.llm).cfg.vocab_size
+    bounds = loss_bounds(objectives, micro_batch * size, words)
     say("behind each loss: the least that label smoothing allows, and what knowing nothing gives")
     if rank == 0 and not resumed and any(run.glob("step-*")):  # --overwrite: only now, when nothing has been refused
         shutil.rmtree(run)
@@ -499,13 +584,16 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     for step in range(start + 1, cfg.steps + 1):
         set_lr(optimizer, lr := lr_at(step, cfg))
         micro_batches = [next(batches).to(device) for _ in range(accumulate)]
-        totals = stage1_totals(micro_batches)
+        totals = count_totals(micro_batches)
         parts = []
         for number, batch in enumerate(micro_batches):
             generator.manual_seed(hash((cfg.seed, step, number)))
             is_last = number == accumulate - 1
             with nullcontext() if is_last or size == 1 else ddp.no_sync():
-                losses = ddp(batch, objectives, totals, generator, hardness_at(step, cfg))
+                if "lm" in objectives:
+                    losses = ddp(batch, totals)
+                else:
+                    losses = ddp(batch, objectives, totals, generator, hardness_at(step, cfg))
                 scaler.scale(sum(losses.values()) * size).backward()  # DDP takes the mean over the processes
             parts.append(torch.stack([losses[name].detach() for name in objectives]))
             unreadable |= dict(batch.broken)
@@ -546,10 +634,10 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
             say(f"stopped at step {step}, saved; go on with: {launch} train.py --resume --out {run}")
             return None
         if validates:
-            result = retrieval(model, val, k=16, match="itm" in objectives, workers=workers)
-            score = mean_recall(result)
-            say(validation_lines(model, val, result, score, score > best))
-            log.write({"step": step, "validation": result, "mean_recall": score})
+            result = evaluate(model, val, objectives, workers, quick=True)
+            name, score = headline(result)
+            say(validation_lines(model, val, result, name, score, score > best))
+            log.write({"step": step, "validation": result, name.replace(" ", "_"): score})
             if score > best:
                 best = score
                 save_checkpoint(run, step, model, {**state, "best": best}, cfg, is_best=True)
@@ -565,10 +653,13 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     if (run / "best").exists():
         model.load_trained(run / "best")
     say(f"evaluating on {len(val):,} pictures")
-    result = retrieval(model, val, match="itm" in objectives, workers=workers)
+    result = evaluate(model, val, objectives, workers)
+    name, show = "retrieval", table
+    if "lm" in objectives:
+        name, show = ("answers", answer_table) if "accuracy" in result else ("captions", caption_table)
     if rank == 0:
-        (run / "retrieval.json").write_text(json.dumps(result, indent=2) + "\n")
-    say(table(result))
+        (run / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    say(show(result))
     return result
 
 
@@ -638,13 +729,21 @@ def begin(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, No
     return cfg, None, None
 
 
-def build_model(cfg: TrainConfig, objectives: tuple[str, ...]) -> Blip2:
-    """The untrained model; parts that no loss reaches are not trained."""
-    model, accounts = Blip2.build(
-        cfg.vit, cfg.bert, cfg.image_size, cfg.queries, cfg.cross_every, cfg.embed_dim, cfg.max_text_tokens,
-        cfg.last_block, cfg.dropout,
-    )  # fmt: skip
-    say(*accounts)
+def build_model(cfg: TrainConfig, objectives: tuple[str, ...], resumed_from: Path | None = None) -> Blip2:
+    """The model at its start; parts that no loss reaches are not trained."""
+    if cfg.stage == "2" and cfg.init != "none":
+        say(f"Q-Former: from {cfg.init}")
+        model = Blip2.from_pretrained(resumed_from or cfg.init, cfg.vit, dropout=cfg.dropout)
+    else:
+        model, accounts = Blip2.build(
+            cfg.vit, cfg.bert, cfg.image_size, cfg.queries, cfg.cross_every, cfg.embed_dim, cfg.max_text_tokens,
+            cfg.last_block, cfg.dropout,
+        )  # fmt: skip
+        say(*accounts)
+    if cfg.stage == "2":
+        say(model.attach_llm(cfg.llm))
+        model.llm.grad_checkpointing = cfg.grad_checkpointing
+        return model
     model.itm_head.requires_grad_("itm" in objectives)
     model.qformer.lm_head.requires_grad_("itg" in objectives)
     return model
@@ -670,7 +769,7 @@ def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int) -> C
     The file's name is a hash of the ViT, the transform and the photos, so it is never mistaken for another. Each
     process computes its share; the file appears under its name when it is whole.
     """
-    content = model.vit_sha256 or float(model.vit.patch_embed.weight.float().sum())  # no file: random weights
+    content = model.frozen_sha256("vit") or float(model.vit.patch_embed.weight.float().sum())  # no file: random weights
     encoder = (content, repr(model.vit.cfg), str(model.vit.dtype))
     key = hashlib.sha256(repr((encoder, model.image_size, photos.fingerprint())).encode()).hexdigest()[:16]
     path = folder / f"{key}.npy"
@@ -743,21 +842,37 @@ def tell_unreadable(unreadable: dict[str, str], named: set[str], photos: int) ->
         )
 
 
-def mean_recall(result: dict) -> float:
-    """The mean of R@1, 5, 10 both ways, re-ranked if the model can: what "best" means."""
-    numbers = result.get("reranked", result["itc"])
+def evaluate(model: Blip2, photos: Mixture, objectives: tuple[str, ...], workers: int, quick: bool = False) -> dict:
+    """What a stage is for: retrieval (1), answers in the shapes world, captions elsewhere (2). quick: on the way."""
+    if "lm" not in objectives:
+        return retrieval(model, photos, k=16 if quick else 128, match="itm" in objectives, workers=workers)
+    if isinstance(photos.parts[0], Shapes):
+        return answering(model, photos, controls=not quick)
+    return captioning(model, photos, workers)
+
+
+def headline(result: dict) -> tuple[str, float]:
+    """The one number by which a run is "best", and its name."""
+    if "accuracy" in result:
+        return "accuracy", result["accuracy"]["the picture"]["all"]
+    if "CIDEr" in result:
+        return "CIDEr", result["CIDEr"]
+    numbers = result.get("reranked", result["itc"])  # R@1, 5, 10 both ways, re-ranked if the model can
     values = [value for way in numbers.values() for value in way.values()]
-    return sum(values) / len(values)
+    return "mean recall", sum(values) / len(values)
 
 
-def validation_lines(model: Blip2, val: Mixture, result: dict, score: float, is_best: bool) -> str:
-    """A validation in a few lines: the recalls, and what the model says about two pictures."""
+def validation_lines(model: Blip2, val: Mixture, result: dict, name: str, score: float, is_best: bool) -> str:
+    """A validation in a few lines: its numbers, and what the model says about two pictures."""
     lines = []
-    for name in ("itc", "reranked"):
-        if name in result:
-            i2t, t2i = (way["R@1"] for way in result[name].values())
-            lines.append(f"  validation, {name}: R@1 picture to caption {i2t:.1f} %, caption to picture {t2i:.1f} %")
-    lines.append(f"  mean recall {score:.1f} %{', the best so far' if is_best else ''} ({result['seconds']:.0f} s)")
+    for stage in ("itc", "reranked"):
+        if stage in result:
+            i2t, t2i = (way["R@1"] for way in result[stage].values())
+            lines.append(f"  validation, {stage}: R@1 picture to caption {i2t:.1f} %, caption to picture {t2i:.1f} %")
+    if "captions right" in result:
+        lines.append(f"  validation: captions that are right {result['captions right']:.1f} %")
+    unit = "" if name == "CIDEr" else " %"
+    lines.append(f"  {name} {score:.1f}{unit}{', the best so far' if is_best else ''} ({result['seconds']:.0f} s)")
     model.eval()
     for row in (0, len(val) // 2):
         images = model.encode_tokens(val.tokens([row])) if val.cached else model.encode_image(val.picture(row))

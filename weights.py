@@ -6,8 +6,8 @@ each of ours is filled or fresh for a stated reason, and all shapes agree. Other
 nothing has been changed.
 
     encoders    EVA-CLIP ViT-g (bare file), CLIP (LAVIS's bare file or transformers' folder), DINOv2, BLIP-2's own
-    text        BERT and its like (MiniLM, ...)
-    LAVIS       stage-1 checkpoints
+    text        BERT and its like (MiniLM, ...); OPT; T5 v1.1 and Flan-T5
+    BLIP-2      LAVIS's stage-1 checkpoints; transformers' folders with a language model
 """
 
 import hashlib
@@ -23,6 +23,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data import UserError, read_json
+from llm import PRESETS as LLM_PRESETS
+from llm import OPTConfig, T5Config, build_llm
 from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries
 from vit import CLIP_MEAN, CLIP_STD, PRESETS, ViT, ViTConfig
 
@@ -521,6 +523,83 @@ HF_QFORMER = Table(
     },
 )
 
+# --- the tables: language models -------------------------------------------------------------------------------------
+
+OPT_TABLE = Table(
+    [
+        Row(("embed_tokens.weight",), "word_embedding.weight"),
+        Row(("embed_positions.weight",), "position_embedding.weight"),
+        Row(("project_in.weight",), "project_in.weight"),
+        Row(("project_out.weight",), "project_out.weight"),
+        *joined("layers.{}.self_attn.{part}_proj", QKV, "blocks.{}.qkv"),
+        *both("layers.{}.self_attn.out_proj", "blocks.{}.proj"),
+        *both("layers.{}.self_attn_layer_norm", "blocks.{}.ln_1"),
+        *both("layers.{}.final_layer_norm", "blocks.{}.ln_2"),
+        *both("layers.{}.fc1", "blocks.{}.fc1"),
+        *both("layers.{}.fc2", "blocks.{}.fc2"),
+        *both("final_layer_norm", "ln_final"),
+    ],
+    ignored={r"lm_head\.weight": "tied to the word embeddings"},
+    renames={r"^(model\.)?decoder\.": ""},
+)
+
+
+def t5_stack(theirs: str, feed_forward: int) -> list[Row]:
+    """Rows of T5's encoder or decoder, whose feed-forward is the layer of that number in each of their blocks."""
+    block, ffn = theirs + ".block.{}.layer.", f"{theirs}.block.{{}}.layer.{feed_forward}"
+    rows = [
+        Row((f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",), "position_bias.weight"),
+        Row((f"{theirs}.final_layer_norm.weight",), "ln_final.weight"),
+        Row((block + "0.layer_norm.weight",), "blocks.{}.ln_1.weight"),
+        Row((ffn + ".layer_norm.weight",), "blocks.{}.ln_2.weight"),
+        Row((ffn + ".DenseReluDense.wi_0.weight",), "blocks.{}.gate.weight"),
+        Row((ffn + ".DenseReluDense.wi_1.weight",), "blocks.{}.up.weight"),
+        Row((ffn + ".DenseReluDense.wo.weight",), "blocks.{}.down.weight"),
+        Row((block + "1.layer_norm.weight",), "blocks.{}.ln_cross.weight"),
+    ]
+    for attention, ours in (("0.SelfAttention", "attn"), ("1.EncDecAttention", "cross")):
+        rows += [
+            Row((block + attention + ".q.weight",), f"blocks.{{}}.{ours}.q.weight"),
+            Row(
+                (block + attention + ".k.weight", block + attention + ".v.weight"),
+                f"blocks.{{}}.{ours}.kv.weight",
+                join,
+            ),
+            Row((block + attention + ".o.weight",), f"blocks.{{}}.{ours}.proj.weight"),
+        ]
+    return rows
+
+
+T5_TABLE = Table(
+    [
+        Row(("shared.weight",), "word_embedding.weight"),
+        Row(("lm_head.weight",), "lm_head.weight"),
+        Row(("shared.weight",), "lm_head.weight"),  # a file without a head has it tied
+        *under("", "encoder.", t5_stack("encoder", 1)),
+        *under("", "decoder.", t5_stack("decoder", 2)),
+    ],
+    ignored={
+        r"(encoder|decoder)\.embed_tokens\.weight": "tied to the word embeddings",
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight": "unused there too",
+    },
+)
+
+# What transformers' Blip2ForConditionalGeneration holds beside its encoder and its language model.
+HF_BLIP2 = Table(
+    [
+        Row(("query_tokens",), "qformer.queries"),
+        *under("qformer.", "qformer.", HF_QFORMER.rows),
+        *both("vision_model.post_layernorm", "ln_vision"),
+        *both("language_projection", "llm_proj"),
+    ],
+    ignored={r"vision_model\..*|language_model\..*": "the frozen parts"},
+    fresh={
+        r"vit\..*|llm\..*": "the frozen parts",
+        r"qformer\.((word|position)_embedding\.weight|blocks\.\d+\.ffn_text\..*|lm_head\..*)": "the text branch, which "
+        "stage-2 checkpoints lack",
+        r"(vision_proj|text_proj|itm_head)\..*|temperature": "heads of stage 1",
+    },
+)
 
 # --- building the parts ----------------------------------------------------------------------------------------------
 
@@ -648,3 +727,94 @@ def load_bert(folder: str, **overrides) -> tuple[QFormer, str, list[Path]]:
     account = load(qformer, open_tensors(paths), BERT, f"bert {folder}")
     copy_text_ffn_to_queries(qformer)
     return qformer, account, paths
+
+
+def hf_qformer_config(config: dict) -> QFormerConfig:
+    """The Q-Former of a transformers BLIP-2, from its config.json."""
+    q = config["qformer_config"]
+    return QFormerConfig(
+        vocab_size=q.get("vocab_size", 30522) + 1,  # [DEC]
+        width=q.get("hidden_size", 768),
+        depth=q.get("num_hidden_layers", 12),
+        heads=q.get("num_attention_heads", 12),
+        mlp=q.get("intermediate_size", 3072),
+        max_positions=q.get("max_position_embeddings", 512),
+        num_queries=config.get("num_query_tokens", 32),
+        image_width=q.get("encoder_hidden_size", 1408),
+        cross_every=q.get("cross_attention_frequency", 2),
+        dropout=q.get("hidden_dropout_prob", 0.1),
+        eps=q.get("layer_norm_eps", 1e-12),
+    )
+
+
+def llm_config(spec: str) -> tuple[OPTConfig | T5Config, Table]:
+    """Architecture and key table of what `--llm` names, a folder by its config.json; of a BLIP-2 folder, its own."""
+    if not Path(spec).is_dir():
+        if spec in LLM_PRESETS:
+            cfg = LLM_PRESETS[spec]
+            return cfg, OPT_TABLE if isinstance(cfg, OPTConfig) else T5_TABLE
+        names = ", ".join(LLM_PRESETS)
+        raise UserError(f"--llm {spec} does not exist: expected a folder, or a name ({names}) for random weights")
+    config = read_json(Path(spec) / "config.json")
+    where = f"{spec}/config.json"
+    if config.get("model_type") == "blip-2":
+        config, where = config["text_config"], f"text_config in {where}"
+    kind = config.get("model_type")
+    if kind == "opt":
+        if config.get("activation_function", "relu") != "relu" or not config.get("enable_bias", True):
+            raise UserError(f"{where} is of an OPT without ReLU or biases, expected one of facebook/opt-*")
+        width = config.get("hidden_size", 768)
+        cfg = OPTConfig(
+            vocab_size=config.get("vocab_size", 50272),
+            width=width,
+            depth=config.get("num_hidden_layers", 12),
+            heads=config.get("num_attention_heads", 12),
+            mlp=config.get("ffn_dim", 3072),
+            max_positions=config.get("max_position_embeddings", 2048),
+            embed_width=config.get("word_embed_proj_dim") or width,
+            pre_norm=config.get("do_layer_norm_before", True),
+        )
+        return cfg, OPT_TABLE
+    if kind == "t5":
+        # T5 v1.0 scales what goes into its head, and has no gates. "gated-gelu" has always meant the one by tanh.
+        scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+        act = config.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(config.get("feed_forward_proj"))
+        if scales or act not in ("gelu", "gelu_new") or not config.get("feed_forward_proj", "").startswith("gated"):
+            raise UserError(f"{where} is of a T5 v1.0, expected google/t5-v1_1-* or google/flan-t5-*")
+        depth = config.get("num_layers", 6)
+        cfg = T5Config(
+            vocab_size=config.get("vocab_size", 32128),
+            width=config.get("d_model", 512),
+            depth=depth,
+            decoder_depth=config.get("num_decoder_layers") or depth,
+            heads=config.get("num_heads", 8),
+            head_width=config.get("d_kv", 64),
+            mlp=config.get("d_ff", 2048),
+            buckets=config.get("relative_attention_num_buckets", 32),
+            max_distance=config.get("relative_attention_max_distance", 128),
+            eps=config.get("layer_norm_epsilon", 1e-6),
+            act=act,
+            pad_id=config.get("pad_token_id", 0),
+        )
+        return cfg, T5_TABLE
+    raise UserError(f"{where} has model_type {kind!r}, expected a language model of a known type: opt, t5")
+
+
+def load_llm(spec: str) -> tuple[nn.Module, str, list[Path]]:
+    """The language model that `--llm` names -> it, the account of its loading, and the files it came from.
+
+    spec: a folder as a hub serves it, also one of a whole BLIP-2; or a name of `llm.PRESETS` for random weights.
+    """
+    cfg, table = llm_config(spec)
+    if not Path(spec).is_dir():
+        llm = build_llm(cfg)
+        llm.init_weights()
+        return llm, f"llm {spec}: RANDOM WEIGHTS, for dry runs and benchmarks only", []
+    with torch.device("meta"):
+        llm = build_llm(cfg)
+    llm, paths = llm.to_empty(device="cpu"), weight_files(Path(spec))
+    source = open_tensors(paths)
+    if any(key.startswith("language_model.") for key in source):  # inside a BLIP-2
+        others = {r"(vision_model|query_tokens|qformer|language_projection)(\..*)?": "the other parts of that model"}
+        table = replace(table, ignored=others | table.ignored, renames={r"^language_model\.": ""} | table.renames)
+    return llm, load(llm, source, table, f"llm {spec}"), paths

@@ -54,6 +54,17 @@ def small_model(seed: int = 0, texts=None, **sizes) -> Blip2:
     return roughen(Blip2(vit, small_qformer(seed, **sizes), texts, image_size=8, embed_dim=6), seed).eval()
 
 
+LLMS = {"opt": "assets/tiny/opt", "t5": "assets/tiny/t5"}
+
+
+def stage2_model(kind: str, seed: int = 0, **sizes) -> Blip2:
+    """A small model in front of the tiny OPT or T5; pictures of 8 x 8 pixels."""
+    model = small_model(seed, **sizes)
+    model.attach_llm(LLMS[kind])
+    roughen(model.llm_proj, seed)
+    return model.eval()
+
+
 def random_batch(count: int, seed: int = 0, image_ids: list[int] | None = None, vocab: int = 29):
     """Pictures of noise with texts of random words and lengths."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,4 +110,6 @@ def _join_and_run(rank: int, processes: int, port: int, function, args) -> None:
     torch.set_num_threads(1)
     losses.start_processes()
     function(rank, *args)
+    losses.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # now and then one of gloo's threads outlives its group, and aborts an interpreter that shuts down

@@ -5,12 +5,25 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_many, small_model
+from conftest import LLMS, ROOT, run_many, small_model, stage2_model
 
 import eval
+import shapes
 from blip2 import Blip2
-from data import Texts, open_photos
-from eval import Gallery, gather_shards, main, report, retrieval, shard, table
+from data import Texts, UserError, open_photos
+from eval import (
+    Gallery,
+    answer_table,
+    answering,
+    caption_table,
+    captioning,
+    gather_shards,
+    main,
+    report,
+    retrieval,
+    shard,
+    table,
+)
 from metrics import chance, ranks, recalls, reranked_ranks
 
 SIZES = dict(vocab_size=Texts(ROOT / "assets/tiny/bert").vocab_size, max_positions=40)
@@ -225,7 +238,7 @@ def test_captions_of_a_batch_are_those_of_each_alone():
     pictures = [few(5).picture(i) for i in range(5)]
     for options in ({}, dict(num_beams=1), dict(length_penalty=-1.0)):
         together = model.caption(pictures, max_new_tokens=6, **options)
-        assert together == [model.caption(picture, max_new_tokens=6, **options)[0] for picture in pictures]
+        assert together == [model.caption(picture, max_new_tokens=6, **options) for picture in pictures]
     assert [len(group) for group in model.caption(pictures, max_new_tokens=4, num_captions=2)] == [2] * 5
 
 
@@ -287,3 +300,151 @@ def test_table_tells_everything():
     text = table(retrieval(shapes_model(), few(12), 4))
     for word in ("chance", "shuffled pictures", "ITC", "ITM re-ranks 4", "- plain", "R@10", "mistake"):
         assert word in text
+
+
+# --- answers and captions
+
+
+def know_all(model, photos, monkeypatch, wrong=()):
+    """Let `model.ask` answer rightly about the pictures it is shown, except questions of the kinds in `wrong`."""
+    world = photos.parts[0]
+    right = {}
+    for row in range(len(photos)):
+        index = photos.find(row)[1]
+        for _, kind, question, answer in eval.chosen_questions(world, index, 4):
+            right[row, question] = "something else" if kind in wrong else answer
+
+    def ask(images, texts, **_):
+        if torch.equal(images.tokens, pictures.tokens):
+            return [[right[row, question] for question in group] for row, group in enumerate(texts)]
+        return [["nothing"] * len(group) for group in texts]
+
+    pictures = eval.encode_photos(model, photos, list(range(len(photos))), 0)
+    monkeypatch.setattr(model, "ask", ask)
+
+
+def test_answers_are_counted_by_subset_and_kind_beside_the_controls(monkeypatch):
+    model, photos = stage2_model("opt"), few(1000)
+    photos.chosen = photos.chosen[[*range(20), *range(500, 520), *range(900, 920)]]
+    know_all(model, photos, monkeypatch, wrong=["size"])
+    result = answering(model, photos)
+    sizes = sum(
+        kind == "size" for row in photos.chosen for _, kind, _, _ in eval.chosen_questions(photos.parts[0], row, 4)
+    )
+    assert result["accuracy"]["the picture"]["all"] == pytest.approx(100 * (1 - sizes / result["questions"]))
+    assert list(result["accuracy"]["the picture"]) == ["all", "seen", "held-out pairs", "held-out wordings"]
+    assert result["kinds"]["size"] == 0 and {share for kind, share in result["kinds"].items() if kind != "size"} == {
+        100
+    }
+    assert result["accuracy"]["a blank picture"]["all"] == result["accuracy"]["another picture"]["all"] == 0
+    assert 20 < result["accuracy"]["the majority answer"]["seen"] < 60
+    text = answer_table(result)
+    for word in ("the majority answer", "a blank picture", "another picture", "the true caption as text", "mistake: "):
+        assert word in text
+
+
+def test_questions_about_held_out_pairs_name_such_a_pair():
+    world = open_photos(["shapes"], "test", 8).parts[0]
+    asked = [q for index in range(500, 700) for q in eval.chosen_questions(world, index, 4)]
+    assert {subset for subset, *_ in asked} == {"held-out pairs"} and len(asked) > 300
+    for _, _, question, answer in asked:
+        words = set(f"{question} {answer}".replace("?", "").split())
+        assert any({*pair} <= words for pair in shapes.HELD_OUT_PAIRS)
+    for index in range(900, 1000):
+        learned = {wording for q in shapes.questions(world.scene(index)) for wording in q.wordings}
+        assert not any(question in learned for _, question, _ in world.questions(index))
+
+
+def test_the_ceiling_reads_the_caption_in_the_place_of_the_picture():
+    """The tiny language models alone, given the true caption, answer most questions; given another, few."""
+    for kind in LLMS:
+        model, photos = stage2_model(kind), few(60)
+        asked = [(row, question, answer) for row in range(60)
+                 for _, _, question, answer in eval.chosen_questions(photos.parts[0], row, 4)]  # fmt: skip
+        shares = []
+        for shift in (0, 30):
+            said = eval.answers_to_text(model, [(photos.captions((row + shift) % 60)[0], q) for row, q, _ in asked])
+            shares.append(sum(a == right for a, (_, _, right) in zip(said, asked)) / len(asked))
+        assert shares[0] > 0.75 and shares[0] > shares[1] + 0.2
+
+
+def test_a_caption_is_right_in_any_wording_and_order():
+    scene = open_photos(["shapes"], "test", 8).parts[0].scene(0)
+    a, b = scene
+    right = eval.told_right(scene)
+    assert (
+        f"{a.words} {shapes.relation(a, b)} {b.words}" in right
+        and f"{b.words} {shapes.relation(b, a)} {a.words}" in right
+    )
+    assert f"{b.words} {shapes.relation(a, b)} {a.words}" not in right
+
+
+def test_captions_are_scored_against_people_and_against_other_photos(tmp_path, monkeypatch):
+    model = stage2_model("opt")
+    few(4).picture(0).save(tmp_path / "0.png")
+    people = [[f"a {c} dog runs on the grass", f"one {c} dog runs"] for c in ("red", "blue", "green", "black")]
+    for i in range(4):
+        few(4).picture(i).save(tmp_path / f"{i}.png")
+    records = [{"image": f"{i}.png", "caption": people[i]} for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    photos = open_photos([str(tmp_path / "a.json")], "val", 8)
+    monkeypatch.setattr(model, "caption", lambda images, prompt: [texts[0] for texts in people][: len(images.tokens)])
+    result = captioning(model, photos)
+    assert result["BLEU-4"] == pytest.approx(100, abs=1e-3) and result["distinct captions"] == 4
+    assert (
+        result["shuffled pictures"]["BLEU-4"] < result["BLEU-4"]
+        and result["shuffled pictures"]["CIDEr"] < result["CIDEr"]
+    )
+    assert len(result["examples"]) == 4 and result["captions"][str(tmp_path / "0.png")] == people[0][0]
+    assert "shuffled photos" in caption_table(result) and "a person: " in caption_table(result)
+
+
+def same_answers(rank, kind, expected):
+    result = answering(stage2_model(kind), few(13))
+    for key in ("accuracy", "kinds", "captions right", "mistakes", "questions"):
+        assert result[key] == expected[key], key
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_two_processes_answer_what_one_answers(kind):
+    run_many(2, same_answers, kind, answering(stage2_model(kind), few(13)))
+
+
+# --- one photo
+
+
+def test_ask_without_arguments_answers_about_the_built_in_picture(capsys):
+    """The README's first ten seconds: no training, no download."""
+    (row,) = main(["ask"])
+    said = capsys.readouterr().out
+    assert row["caption"] in said and "what color is the star?: green" in said
+    assert row["how many shapes are there?"] == "two" and row["is the cross small or large?"] == "small"
+
+
+def test_ask_about_a_folder_skips_what_is_no_picture(tmp_path, capsys):
+    for i in range(3):
+        few(3).picture(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.jpg").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("nor this")
+    rows = main(
+        ["ask", "--image", str(tmp_path), "--question", "how many shapes are there?", "--out", str(tmp_path / "o.json")]
+    )
+    assert [set(row) for row in rows] == [{"image", "how many shapes are there?"}] * 3
+    assert "skipped: " in capsys.readouterr().out and json.loads((tmp_path / "o.json").read_text()) == rows
+    with pytest.raises(UserError, match="has no pictures in it"):
+        (tmp_path / "empty").mkdir()
+        main(["ask", "--image", str(tmp_path / "empty")])
+
+
+def test_chat_keeps_the_conversation(monkeypatch, capsys):
+    typed, asked = iter(["what color is the star?", "is it small or large?", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(Blip2, "ask", lambda model, images, turns: asked.append(list(turns)) or ["green"])
+    main(["ask", "--chat"])
+    assert asked[1] == [("what color is the star?", "green"), "is it small or large?"]
+    assert "an empty line ends the conversation" in capsys.readouterr().out
+
+
+def test_a_free_prompt_goes_as_it_is(capsys):
+    (row,) = main(["ask", "--prompt", "Question: how many shapes are there? Answer:"])
+    assert row["Question: how many shapes are there? Answer:"] == "two"

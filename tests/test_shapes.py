@@ -68,16 +68,26 @@ def test_captions_of_a_scene():
 
 
 def test_questions_have_the_answers_that_the_picture_shows():
-    asked = dict(questions((A, B)))
+    asked = {wording: q.answer for q in questions((A, B)) for wording in q.wordings}
     assert asked["how many shapes are there?"] == "two"
     assert asked["what color is the circle?"] == "red"
     assert asked["what shape is blue?"] == "square"
-    assert asked["where is the square?"] == "top right"
     assert asked["what is right of the small red circle?"] == "a large blue square"
     assert asked["is the small red circle left of the large blue square?"] == "yes"
-    assert asked["is the small red circle right of the large blue square?"] == "no"
-    # A question that several answers would fit is not asked.
-    assert not any("circle" in q and "color" in q for q, _ in questions((A, Thing("large", "blue", "circle", 0, 1))))
+    assert asked["is the large blue square left of the small red circle?"] == "no"
+    assert {q.answer for q in questions((A,)) if q.kind == "place"} == {A.place}
+    # A question that several answers would fit is not asked, nor one that no caption answers.
+    twice = questions((A, Thing("large", "blue", "circle", 0, 1)))
+    assert not any(q.kind in ("color", "size", "place") for q in twice)
+    assert not any(q.kind == "place" for q in questions((A, B)))
+
+
+def test_held_out_questions_have_the_same_answers_in_other_words():
+    learned, held_out = questions((A, B)), questions((A, B), held_out=True)
+    assert [q.answer for q in learned] == [q.answer for q in held_out]
+    assert not {w for q in learned for w in q.wordings} & {w for q in held_out for w in q.wordings}
+    words, other = (set(re.findall(r"\w+", " ".join(w for q in qs for w in q.wordings))) for qs in (learned, held_out))
+    assert other <= words
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -148,7 +158,7 @@ def test_bert_knows_every_word_and_no_caption_is_cut():
     for split in ("train", "val", "test"):
         world = ShapesWorld(split)
         for i in range(300):
-            sentences = world.captions(i) + [part for pair in world.questions(i) for part in pair]
+            sentences = world.captions(i) + [part for asked in world.questions(i) for part in asked[1:]]
             for ids, sentence in zip(texts.encode(sentences), sentences, strict=True):
                 assert unknown not in ids and ids[-1] == texts.sep_id, sentence
 

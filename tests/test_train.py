@@ -63,8 +63,8 @@ def test_paper_recipe_is_the_papers():
     assert (cfg.steps, cfg.batch, cfg.warmup, cfg.image_size) == (250_000, 1680, 2000, 224)
     assert (cfg.lr, cfg.beta2, cfg.weight_decay) == (1e-4, 0.98, 0.05)
     assert (cfg.queries, cfg.embed_dim) == (32, 256)  # 3.1, and the original's
-    assert 'recipe "paper", because --data is not shapes' in why
-    assert complete(*parse_flags([]))[1].startswith('recipe "tiny", because --data is shapes')
+    assert 'recipe "stage 1, paper", because --data is not shapes' in why
+    assert complete(*parse_flags([]))[1].startswith('recipe "stage 1, tiny", because --data is shapes')
     cfg, why = complete(*parse_flags(["--steps", "7", "--lr", "0.5"]))
     assert cfg.steps == 7 and cfg.lr == 0.5 and "steps" not in why  # a flag wins over the recipe
 
@@ -83,7 +83,7 @@ def test_negatives_become_hard_along_the_ramp(monkeypatch):
     ramp = TrainConfig(negatives_ramp=200)
     assert [hardness_at(step, ramp) for step in (0, 50, 200, 999)] == [0.0, 0.25, 1.0, 1.0]
     assert hardness_at(1, TrainConfig(negatives_ramp=0)) == 1.0
-    assert train.RECIPES["paper"]["negatives_ramp"] == 0
+    assert train.RECIPES["stage 1, paper"]["negatives_ramp"] == 0
     seen, draw = [], blip2.sample_hard_negatives
     monkeypatch.setattr(blip2, "sample_hard_negatives", lambda sim, *rest: seen.append(sim) or draw(sim, *rest))
     for hardness in (1.0, 0.25, 0.0):

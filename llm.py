@@ -1,0 +1,448 @@
+"""The frozen language model behind the queries (paper 3.3): OPT, a decoder, and T5 v1.1 / Flan-T5, encoder and decoder.
+
+What the rest of the code asks of a language model, and all that a third architecture has to offer, in one class:
+
+    layout, width, max_positions, fits_fp16           of its text, of its embeddings; None for no limit
+    embed(ids)                                        (B, T) -> (B, T, L)
+    forward(prompt, prompt_mask, target, label_rows)  logits at some positions of the target, given the prompt
+    decoder_for(prompt, prompt_mask, max_new_tokens)  what generate.py drives: start, step, select; `append` and `fork`
+
+A prompt is a sequence of embeddings, the visual ones in front. OPT reads it from left to right and goes on; T5's
+encoder reads it, and T5's decoder answers. The model is frozen: no dropout (the original leaves it on), no gradient of
+its weights, which live in half precision. But the gradient flows through it to the visual embeddings.
+
+Letters: B rows, n prompt positions, T target tokens, S positions, L width, H heads, K width of a head, W vocabulary.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from generate import KVCache
+from qformer import attend
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a language model's text is laid out behind the visual embeddings; data.LLMTexts goes by it."""
+
+    prompt_start: str  # token in front of a prompt
+    prompt_end: str  # token behind it
+    text_end: str  # token that ends what the model writes
+    glue: str  # between a prompt and the words that go on from it
+    pads: str  # side on which the prompts of a batch are padded
+    prefix_lm: bool  # trained on the second part of a caption given the first (paper 3.3), or on all of it
+    template: str  # of a question
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """(B, S, H*K) -> (B, H, S, K)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def causal_mask(real: Tensor, rows: int) -> Tensor:
+    """(B, S) bool, True = no padding -> whom the last `rows` positions may attend to: bool (B, 1, rows, S).
+
+    Everybody sees what is real and not later, and itself: so a row of padding is never empty.
+    """
+    position = torch.arange(real.shape[1], device=real.device)
+    row, key = position[-rows:, None], position[None, :]
+    return (((key < row) & real[:, None, :]) | (key == row))[:, None]
+
+
+# --- OPT -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """Sizes and habits; the defaults are OPT-2.7B's."""
+
+    vocab_size: int = 50272
+    width: int = 2560
+    depth: int = 32
+    heads: int = 32
+    mlp: int = 10240
+    max_positions: int = 2048
+    embed_width: int = 2560  # of the word embeddings; where it differs, a projection leads in and out (350m)
+    pre_norm: bool = True  # OPT-350m normalises behind each part instead, and not at the end
+
+
+class OPTBlock(nn.Module):
+    """Causal self-attention and a ReLU feed-forward, with the norm before (or, in 350m, behind) each."""
+
+    def __init__(self, cfg: OPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads, self.pre_norm = layer, cfg.heads, cfg.pre_norm
+        self.ln_1 = nn.LayerNorm(cfg.width)
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.proj = nn.Linear(cfg.width, cfg.width)
+        self.ln_2 = nn.LayerNorm(cfg.width)
+        self.fc1 = nn.Linear(cfg.width, cfg.mlp)
+        self.fc2 = nn.Linear(cfg.mlp, cfg.width)
+
+    def forward(self, x: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
+        if self.pre_norm:
+            x = x + self.attention(self.ln_1(x), mask, cache)
+            return x + self.fc2(F.relu(self.fc1(self.ln_2(x))))
+        x = self.ln_1(x + self.attention(x, mask, cache))
+        return self.ln_2(x + self.fc2(F.relu(self.fc1(x))))
+
+    def attention(self, x: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
+        """Self-attention, also to what the cache holds."""
+        q, k, v = (heads_of(part, self.heads) for part in self.qkv(x).chunk(3, dim=2))
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class OPT(nn.Module):
+    """Decoder-only (paper Figure 3, top): [visual] [BOS] prompt text, each position predicting the next.
+
+    [BOS] stands behind the visual embeddings and is never a label, as in the original; but where the prompt is empty,
+    the original trains [BOS] too. The text ends in a newline. Prompts are padded on the left, between the visual part
+    and [BOS]: so the last position of every row is its last word.
+    """
+
+    layout = Layout("</s>", "", "\n", " ", "left", prefix_lm=False, template="Question: {} Answer:")
+    fits_fp16 = True
+
+    def __init__(self, cfg: OPTConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_checkpointing = False  # recompute each block in the backward pass: slower, far less memory
+        self.word_embedding = nn.Embedding(cfg.vocab_size, cfg.embed_width)
+        self.position_embedding = nn.Embedding(cfg.max_positions + 2, cfg.width)  # row 0 is never read, 1 is padding's
+        projects = cfg.embed_width != cfg.width
+        self.project_in = nn.Linear(cfg.embed_width, cfg.width, bias=False) if projects else nn.Identity()
+        self.blocks = nn.ModuleList(OPTBlock(cfg, layer) for layer in range(cfg.depth))
+        self.ln_final = nn.LayerNorm(cfg.width) if cfg.pre_norm else nn.Identity()
+        self.project_out = nn.Linear(cfg.width, cfg.embed_width, bias=False) if projects else nn.Identity()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """N(0, 1 / sqrt(width)), so that a Linear keeps the size of what goes through it; 0.02 at OPT-2.7B's width."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0, self.cfg.width**-0.5)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+
+    @property
+    def width(self) -> int:
+        """Of the prompt's embeddings: those of the words, before `project_in`."""
+        return self.cfg.embed_width
+
+    @property
+    def max_positions(self) -> int:
+        """Visual embeddings, prompt and text together."""
+        return self.cfg.max_positions
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, L)."""
+        return self.word_embedding(ids)
+
+    def forward(self, prompt: Tensor, prompt_mask: Tensor, target: Tensor, label_rows: Tensor) -> Tensor:
+        """Logits (len(label_rows), W) of the target's tokens at the flat positions b * T + t.
+
+        prompt (B, n, L), prompt_mask (B, n) bool; target (B, T), padded on the right, which nobody sees: it stands
+        behind everything.
+        """
+        x = torch.cat((prompt, self.embed(target[:, :-1])), dim=1)
+        real = F.pad(prompt_mask, (0, target.shape[1] - 1), value=True)
+        x = self.run(x, real)[:, prompt.shape[1] - 1 :]  # the prompt's last position predicts the first token
+        return self.logits(x.flatten(0, 1)[label_rows])
+
+    def run(self, x: Tensor, real: Tensor, cache: KVCache | None = None) -> Tensor:
+        """All blocks over x (B, rows, L), the last `rows` of the positions `real` (B, S)."""
+        # OPT counts real tokens only, and from 2.
+        positions = (real.cumsum(dim=1) * real + 1)[:, -x.shape[1] :]
+        x = self.project_in(x) + self.position_embedding(positions)
+        mask = causal_mask(real, x.shape[1])
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask, cache)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., L) -> (..., W); the output matrix is the word embedding."""
+        return F.linear(self.project_out(self.ln_final(x)), self.word_embedding.weight)
+
+    def decoder_for(self, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> "OPTDecoder":
+        """For generate.py."""
+        return OPTDecoder(self, prompt, prompt_mask, max_new_tokens)
+
+
+class LLMDecoder:
+    """What OPT's and T5's decoders share (see generate.py)."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token (R,) to each row -> logits (R, W)."""
+        return self.append(tokens[:, None])[:, 0]
+
+    def fork(self, rows: Tensor) -> "LLMDecoder":
+        """Another decoder, whose row i goes on from this one's row rows[i]; this one stays as it is."""
+        twin = copy.copy(self)
+        twin.cache = copy.copy(self.cache)  # `select` puts new tensors into it
+        twin.select(rows)
+        return twin
+
+
+class OPTDecoder(LLMDecoder):
+    """One prompt a row, run once; then tokens are appended behind it."""
+
+    def __init__(self, model: OPT, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int):
+        cfg, (B, n, _) = model.cfg, prompt.shape
+        self.model, self.prompt, self.real = model, prompt, prompt_mask
+        self.cache = KVCache(cfg.depth, B, cfg.heads, n + max_new_tokens, cfg.width // cfg.heads, prompt)
+
+    def start(self) -> Tensor:
+        """Run the prompt -> logits of the first token (B, W)."""
+        return self.model.logits(self.model.run(self.prompt, self.real, self.cache)[:, -1])
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """Tokens (R, T) behind what is there -> logits (R, T, W) of what follows each."""
+        self.real = F.pad(self.real, (0, tokens.shape[1]), value=True)
+        return self.model.logits(self.model.run(self.model.embed(tokens), self.real, self.cache))
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes a copy of old row rows[i]."""
+        self.cache.select(rows)
+        self.real = self.real[rows]
+
+
+# --- T5 --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes and habits; the defaults are Flan-T5-XL's."""
+
+    vocab_size: int = 32128
+    width: int = 2048
+    depth: int = 24
+    decoder_depth: int = 24
+    heads: int = 32
+    head_width: int = 64  # heads * head_width need not be the width
+    mlp: int = 5120
+    buckets: int = 32  # of relative positions
+    max_distance: int = 128  # beyond which all are in the last bucket
+    eps: float = 1e-6
+    act: str = "gelu_new"  # by tanh; the original's BLIP-2 checkpoints were trained with "gelu", by erf
+    pad_id: int = 0  # the decoder starts with it
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class RMSNorm(nn.Module):
+    """T5's norm: no mean, no bias, fp32 inside."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * y.to(self.weight.dtype)
+
+
+class T5Attention(nn.Module):
+    """softmax(q k^T + bias) v: T5 does not divide by sqrt(K), its initialisation did."""
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.heads, inner = cfg.heads, cfg.heads * cfg.head_width
+        self.q = nn.Linear(cfg.width, inner, bias=False)
+        self.kv = nn.Linear(cfg.width, 2 * inner, bias=False)
+        self.proj = nn.Linear(inner, cfg.width, bias=False)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, L) -> k, v (B, H, S, K)."""
+        k, v = self.kv(x).chunk(2, dim=2)
+        return heads_of(k, self.heads), heads_of(v, self.heads)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out = attend(heads_of(self.q(x), self.heads), k, v, mask, scale=1.0)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class T5Block(nn.Module):
+    """Self-attention, in the decoder cross-attention, and a gated feed-forward; the norm before each."""
+
+    def __init__(self, cfg: T5Config, layer: int, is_decoder: bool):
+        super().__init__()
+        self.layer, self.act = layer, ACTIVATIONS[cfg.act]
+        self.ln_1, self.attn = RMSNorm(cfg.width, cfg.eps), T5Attention(cfg)
+        self.ln_cross = RMSNorm(cfg.width, cfg.eps) if is_decoder else None
+        self.cross = T5Attention(cfg) if is_decoder else None
+        self.ln_2 = RMSNorm(cfg.width, cfg.eps)
+        self.gate = nn.Linear(cfg.width, cfg.mlp, bias=False)
+        self.up = nn.Linear(cfg.width, cfg.mlp, bias=False)
+        self.down = nn.Linear(cfg.mlp, cfg.width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor, memory=None, memory_mask=None, cache: KVCache | None = None) -> Tensor:
+        normed = self.ln_1(x)
+        k, v = self.attn.keys_values(normed)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        x = x + self.attn(normed, k, v, bias)
+        if self.cross is not None:
+            x = x + self.cross(self.ln_cross(x), *memory[self.layer], memory_mask)
+        normed = self.ln_2(x)
+        return x + self.down(self.act(self.gate(normed)) * self.up(normed))
+
+
+class T5Stack(nn.Module):
+    """The encoder, or the decoder: blocks, a final norm, and one table of position biases for all blocks."""
+
+    def __init__(self, cfg: T5Config, depth: int, is_decoder: bool):
+        super().__init__()
+        self.cfg, self.is_decoder = cfg, is_decoder
+        self.position_bias = nn.Embedding(cfg.buckets, cfg.heads)
+        self.blocks = nn.ModuleList(T5Block(cfg, layer, is_decoder) for layer in range(depth))
+        self.ln_final = RMSNorm(cfg.width, cfg.eps)
+
+    def forward(self, x: Tensor, allowed: Tensor, recompute: bool, memory=None, memory_mask=None, cache=None) -> Tensor:
+        """x (B, rows, L), the last of S positions; allowed: bool, broadcast to (B, 1, rows, S).
+
+        In the decoder, memory holds the keys and values of what the encoder has read, for each block.
+        """
+        bias = self.bias(x.shape[1], allowed.shape[-1]).masked_fill(~allowed, float("-inf"))
+        for block in self.blocks:
+            if recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, bias, memory, memory_mask, use_reentrant=False)
+            else:
+                x = block(x, bias, memory, memory_mask, cache)
+        return self.ln_final(x)
+
+    def bias(self, rows: int, keys: int) -> Tensor:
+        """What is added to the scores of the last `rows` of `keys` positions: (1, H, rows, keys)."""
+        position = torch.arange(keys, device=self.position_bias.weight.device)
+        return self.position_bias(self.bucket(position[None, :] - position[-rows:, None])).permute(2, 0, 1)[None]
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Key minus row -> number of a bucket: one a distance when near, logarithmic up to max_distance. The decoder
+        looks back only; in the encoder each side has half of the buckets."""
+        buckets, side = self.cfg.buckets, 0
+        if self.is_decoder:
+            distance = (-distance).clamp(min=0)
+        else:
+            buckets //= 2
+            side, distance = (distance > 0) * buckets, distance.abs()
+        exact = buckets // 2
+        share = torch.log(distance.clamp(min=1) / exact) / math.log(self.cfg.max_distance / exact)
+        far = (exact + (share * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return side + torch.where(distance < exact, distance, far)
+
+
+class T5(nn.Module):
+    """Encoder-decoder (paper Figure 3, bottom): the encoder reads visual embeddings and prefix, the decoder writes the
+    suffix. Positions are relative, so a prompt is padded on the right: nothing may come between its tokens."""
+
+    layout = Layout("", "</s>", "</s>", "", "right", prefix_lm=True, template="Question: {} Short answer:")
+    fits_fp16 = False  # its activations overflow there
+    max_positions = None
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_checkpointing = False  # recompute each block in the backward pass: slower, far less memory
+        self.word_embedding = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.encoder = T5Stack(cfg, cfg.depth, is_decoder=False)
+        self.decoder = T5Stack(cfg, cfg.decoder_depth, is_decoder=True)
+        self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """T5's own: N(0, 1) for words, and for a Linear what keeps the size of what goes through it. The missing
+        1 / sqrt(K) of the attention is in q."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0, module.in_features**-0.5)
+                if name.endswith(".q"):
+                    module.weight.mul_(self.cfg.head_width**-0.5)
+        self.word_embedding.weight.normal_(0, 1)
+        for stack in (self.encoder, self.decoder):
+            stack.position_bias.weight.normal_(0, self.cfg.width**-0.5)
+
+    @property
+    def width(self) -> int:
+        """Of the prompt's embeddings."""
+        return self.cfg.width
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, L)."""
+        return self.word_embedding(ids)
+
+    def forward(self, prompt: Tensor, prompt_mask: Tensor, target: Tensor, label_rows: Tensor) -> Tensor:
+        """Logits (len(label_rows), W) of the target's tokens at the flat positions b * T + t.
+
+        prompt (B, n, L), prompt_mask (B, n) bool; target (B, T), padded on the right.
+        """
+        memory = self.read(prompt, prompt_mask)
+        x = self.embed(F.pad(target[:, :-1], (1, 0), value=self.cfg.pad_id))  # one place to the right
+        allowed = causal_mask(torch.ones_like(target[:1], dtype=torch.bool), target.shape[1])
+        x = self.decoder(x, allowed, self.grad_checkpointing, *memory)
+        return self.lm_head(x.flatten(0, 1)[label_rows])
+
+    def read(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """The encoder, and what the decoder's cross-attention needs of it: each block's keys and values, the mask."""
+        mask = prompt_mask[:, None, None, :]
+        x = self.encoder(prompt, mask, self.grad_checkpointing)
+        return [block.cross.keys_values(x) for block in self.decoder.blocks], mask
+
+    def decoder_for(self, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> "T5Decoder":
+        """For generate.py."""
+        return T5Decoder(self, prompt, prompt_mask, max_new_tokens)
+
+
+class T5Decoder(LLMDecoder):
+    """One prompt a row, through the encoder once; then the decoder writes."""
+
+    def __init__(self, model: T5, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int):
+        cfg = model.cfg
+        self.model = model
+        self.memory, self.mask = model.read(prompt, prompt_mask)
+        self.cache = KVCache(cfg.decoder_depth, len(prompt), cfg.heads, max_new_tokens, cfg.head_width, prompt)
+
+    def start(self) -> Tensor:
+        """Logits of the first token (B, W)."""
+        return self.step(torch.full((len(self.mask),), self.model.cfg.pad_id, device=self.mask.device))
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """Tokens (R, T) behind what is there -> logits (R, T, W) of what follows each."""
+        real = torch.ones(1, self.cache.length + tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        allowed = causal_mask(real, tokens.shape[1])
+        x = self.model.decoder(self.model.embed(tokens), allowed, False, self.memory, self.mask, self.cache)
+        return self.model.lm_head(x)
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes a copy of old row rows[i]."""
+        self.cache.select(rows)
+        self.memory = [(k[rows], v[rows]) for k, v in self.memory]
+        self.mask = self.mask[rows]
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+# The paper's four (3.4), and the smallest OPT.
+PRESETS = {
+    "opt-125m": OPTConfig(width=768, depth=12, heads=12, mlp=3072, embed_width=768),
+    "opt-2.7b": OPTConfig(),
+    "opt-6.7b": OPTConfig(width=4096, depth=32, heads=32, mlp=16384, embed_width=4096),
+    "flan-t5-xl": T5Config(),
+    "flan-t5-xxl": T5Config(width=4096, heads=64, mlp=10240),
+}
+
+
+def build_llm(cfg: OPTConfig | T5Config) -> nn.Module:
+    """The model of a configuration, its weights not yet set."""
+    return {OPTConfig: OPT, T5Config: T5}[type(cfg)](cfg)
