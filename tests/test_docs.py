@@ -31,10 +31,11 @@ def commands(language: str) -> list[list[str]]:
 # --- commands
 
 
-def test_the_first_block_sets_up_and_the_next_train_and_test():
-    """Two commands set up, one trains, one tests; CI runs the same test command and installs the same files."""
-    *setup, main, tests = commands("bash")
+def test_the_first_block_sets_up_and_the_next_ask_train_and_test():
+    """Two commands set up, one asks, one trains, one tests; CI runs the same test command, installs the same files."""
+    *setup, ask, main, tests = commands("bash")
     assert len(setup) == 2
+    assert ask == ["python", "eval.py", "ask"]
     assert main == ["torchrun", "train.py", "--stage", "1"]
     ci = (ROOT / ".ci/run").read_text()
     assert ci.strip().splitlines()[-1] == " ".join(tests)
@@ -43,7 +44,7 @@ def test_the_first_block_sets_up_and_the_next_train_and_test():
 
 def test_the_main_command_runs_and_prints_what_the_readme_shows(tmp_path):
     """With few steps. What the README tells the reader to look at is in its example and in the real output."""
-    command = [*commands("bash")[2], *SMALL, "--out", str(tmp_path / "run"), "--losses", "itc,itm,itg"]
+    command = [*commands("bash")[3], *SMALL, "--out", str(tmp_path / "run"), "--losses", "itc,itm,itg"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command[1:]], cwd=ROOT, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -72,11 +73,30 @@ def test_own_photos_and_the_python_lines(tmp_path, monkeypatch):
         Image.new("RGB", (80, 60), (90 * i, 30, 30)).save(tmp_path / record["image"])
     monkeypatch.chdir(tmp_path)
     train.main([*TINY, *SMALL, "--batch", "2", "--data", "photos.json", "--image-size", "64", "--out", "runs/stage1"])
-    words = next(words for words in commands("") if "eval.py" in words)
+    words = next(words for words in commands("") if "retrieval" in words)
     result = eval.main([word.replace("val.json", "photos.json") for word in words[words.index("eval.py") + 1 :]])
     assert (result["photos"], result["texts"]) == (2, 3)
     Image.new("RGB", (50, 40)).save("photo.jpg")
-    exec(next(block for kind, block in BLOCKS if kind == "python"), {})
+    exec(next(block for kind, block in BLOCKS if kind == "python" and "runs/stage1" in block), {})
+
+
+def test_asking_says_what_the_readme_shows(capsys):
+    import eval
+
+    eval.main(["ask"])
+    shown = next(block for kind, block in BLOCKS if kind == "" and block.startswith("assets/tiny/blip2 on"))
+    assert capsys.readouterr().out.splitlines()[1:] == shown.splitlines()[1:]  # the first line names the machine
+
+
+def test_the_python_lines_of_stage_2_give_what_the_readme_says():
+    names, block = {}, next(block for kind, block in BLOCKS if kind == "python" and "tiny/blip2" in block)
+    exec(block, names)
+    model, photo = names["model"], names["photo"]
+    assert model.caption(photo) == "a small white cross left of a large green star"
+    assert model.ask(photo, "what color is the star?") == "green"
+    assert model.rank(photo, "what color is the star?", ["red", "green"])[0].answer == "green"
+    likely = model.score(photo, ["a green star", "a red star"]).log_prob
+    assert likely.shape == (1, 2)
 
 
 # --- numbers and links
