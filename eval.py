@@ -484,7 +484,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
     """Caption, or answer about, a photo or all photos of a folder, as the command line says."""
-    path, built_in = Path(args.image), args.image == str(TINY / "picture.png")
+    path, built_in = Path(args.image), args.image == str(TINY / "picture.png") and model.llm is not None
     paths = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
     if not paths:
         raise UserError(f"--image {path} has no pictures in it, expected files that end in {', '.join(PICTURES)}")

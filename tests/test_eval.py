@@ -436,6 +436,15 @@ def test_ask_about_a_folder_skips_what_is_no_picture(tmp_path, capsys):
         main(["ask", "--image", str(tmp_path / "empty")])
 
 
+def test_a_run_of_stage_1_captions_by_its_q_former(tmp_path, capsys):
+    model, _ = Blip2.build("assets/tiny/vit", "assets/tiny/bert", image_size=64, num_queries=4, embed_dim=8)
+    model.save_pretrained(tmp_path)
+    (row,) = main(["ask", "--checkpoint", str(tmp_path)])
+    assert set(row) == {"image", "caption"}
+    with pytest.raises(UserError, match="has no language model to ask"):
+        main(["ask", "--checkpoint", str(tmp_path), "--question", "what?"])
+
+
 def test_chat_keeps_the_conversation(monkeypatch, capsys):
     typed, asked = iter(["what color is the star?", "is it small or large?", ""]), []
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
