@@ -43,7 +43,8 @@ from qformer import CaptionDecoder, ImageKV, Prefix, QFormer, QFormerConfig
 from vit import ViT
 
 OBJECTIVES = ("itc", "itm", "itg")
-TINY = Path(os.path.relpath(Path(__file__).parent / "assets/tiny"))  # what ships with the code
+TINY = Path(__file__).parent / "assets/tiny"  # what ships with the code
+ANSWERS = dict(max_new_tokens=10, num_beams=5, length_penalty=-1.0, min_new_tokens=1)  # of paper 4.1
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -621,26 +622,20 @@ class Blip2(nn.Module):
         return captions[0] if is_single(images) else captions
 
     @torch.no_grad()
-    def ask(
-        self, images, questions, template: str | None = None, max_new_tokens: int = 10, num_beams: int = 5,
-        length_penalty: float = -1.0, batch_size: int = 64, **decoding,
-    ):  # fmt: skip
+    def ask(self, images, questions, template: str | None = None, batch_size: int = 64, **decoding):
         """Answers to questions about photos (paper 4.1); each photo is encoded once.
 
         For one photo: a question, or a list of them -> its answer, or a list. For a list of photos: a question for
         all, or a list with one (or a list of them) for each -> a list of that shape.
         A question is a string, or a conversation: [(question, answer), ..., question]; see `data.ask_in`.
         template: what it is put into, with {} for the question; by default the run's own. "{}" leaves it unchanged,
-        so it can be any prompt. decoding: see `generate.generate`.
+        so it can be any prompt. decoding: see `generate.generate`; by default `ANSWERS`.
         """
         self.need_llm()
         encoded = self.encode_image(images)
         asked = Asked(questions, None if is_single(images) else len(encoded.tokens))
         prompts = [ask_in(template or self.template, question) for question in asked.questions]
-        decoding = dict(
-            max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty, min_new_tokens=1
-        ) | decoding  # fmt: skip
-        answers = self.write(encoded, asked.rows, prompts, batch_size, **decoding)
+        answers = self.write(encoded, asked.rows, prompts, batch_size, **(ANSWERS | decoding))
         several = decoding.get("num_captions", 1) > 1
         return asked.shaped(answers if several else [group[0] for group in answers])
 

@@ -190,7 +190,7 @@ class Texts:
         """Ids, special tokens skipped, to a string."""
         return self.tokenizer.decode([token for token in ids if token < self.vocab_size - 1])
 
-    def batch(self, captions: list[str], rngs: list, image_ids: list[int], **rest) -> "Batch":
+    def batch(self, captions: list[str], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
         """What stage 1 learns of."""
         ids = self.encode(captions)
         truncated = sum(len(tokens) == self.max_tokens for tokens in ids)
@@ -240,11 +240,12 @@ class LLMTexts:
         """Ids, special tokens skipped, to a string without space around it."""
         return self.tokenizer.decode(ids).strip()
 
-    def batch(self, captions: list[str], rngs: list, image_ids: list[int], **rest) -> "Batch":
+    def batch(self, captions: list[str], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
         """What stage 2 learns of: the caption; or its second part given the first, cut at random (prefix LM)."""
         pairs = [("", clean_caption(caption)) for caption in captions]
         if self.layout.prefix_lm:
-            pairs = [cut_in_two(caption, rng) for (_, caption), rng in zip(pairs, rngs, strict=True)]
+            rngs = map(np.random.default_rng, seeds)
+            pairs = [cut_in_two(caption, rng) for (_, caption), rng in zip(pairs, rngs)]
         prompts, texts = map(list, zip(*pairs, strict=True))
         prompt_ids, target_ids, truncated = self.encode_prompts(prompts), self.encode_texts(texts, prompts), 0
         for row, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
@@ -601,7 +602,7 @@ class TrainBatches(Dataset):
         captions, rows, views, broken = zip(*found, strict=True)
         return self.texts.batch(
             captions,
-            [np.random.default_rng([self.seed, position, 1]) for position, _ in samples],
+            [[self.seed, position, 1] for position, _ in samples],  # of what a text is cut by
             [self.photos.image_id(row) for row in rows],
             **{"image_tokens" if self.photos.cached else "images": torch.stack(views)},
             broken=[photo for photos in broken for photo in photos],

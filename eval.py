@@ -11,6 +11,7 @@ through the ViT once, each needed pair through the ITM pass once. Works the same
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -22,7 +23,17 @@ from PIL import Image
 from torch import Tensor
 
 import shapes
-from blip2 import PRECISIONS, TINY, Blip2, EncodedImages, EncodedTexts, batches_of, choose_precision, local_device
+from blip2 import (
+    ANSWERS,
+    PRECISIONS,
+    TINY,
+    Blip2,
+    EncodedImages,
+    EncodedTexts,
+    batches_of,
+    choose_precision,
+    local_device,
+)
 from data import (
     Mixture,
     Shapes,
@@ -344,7 +355,7 @@ def answering(model: Blip2, photos: Mixture, per_picture: int = 4, controls: boo
     model.eval()
     world_, N = photos.parts[0], len(photos)
     mine = range(N)[shard(N)]
-    asked = [[q for q in chosen_questions(world_, photos.find(row)[1], per_picture)] for row in mine]
+    asked = [chosen_questions(world_, photos.find(row)[1], per_picture) for row in mine]
     texts = [[question for _, _, question, _ in group] for group in asked]
     images = encode_photos(model, photos, list(mine), 0)
     given = {"the picture": images}
@@ -403,13 +414,11 @@ def chosen_questions(world_: Shapes, index: int, count: int) -> list[tuple[str, 
     """Some questions about a picture, always the same: (subset, kind, question, answer)."""
     subset, asked = world_.subset(index), world_.questions(index)
     if subset == "held-out pairs":  # what is asked and answered, not what else is in the picture
-        asked = [q for q in asked if any({*pair} <= {*f"{q[1]} {q[2]}".replace("?", "").split()} for pair in HELD_OUT)]
+        words = [{*f"{question} {answer}".replace("?", "").split()} for _, question, answer in asked]
+        asked = [q for q, said in zip(asked, words) if any({*pair} <= said for pair in shapes.HELD_OUT_PAIRS)]
     name = subset if subset.startswith("held-out") else SEEN
     chosen = world_.rng(index, "asked").sample(asked, min(count, len(asked)))
     return [(name, *question) for question in chosen]
-
-
-HELD_OUT = shapes.HELD_OUT_PAIRS
 
 
 def majority_answers() -> dict[str, str]:
@@ -441,10 +450,8 @@ def answers_to_text(model: Blip2, asked: list[tuple[str, str]], batch_size: int 
         ids = [told + prompt for told, prompt in zip(texts.encode(descriptions), prompts)]
         prompt_ids, mask = pad(ids, texts.pad_id, model.llm.layout.pads, multiple=1)
         embedded = model.llm.embed(prompt_ids.to(model.device))
-        decoder = model.llm.decoder_for(embedded, mask.to(model.device), 10)
-        groups = generate(
-            decoder, end_id=texts.end_id, max_new_tokens=10, num_beams=5, length_penalty=-1.0, min_new_tokens=1
-        )
+        decoder = model.llm.decoder_for(embedded, mask.to(model.device), ANSWERS["max_new_tokens"])
+        groups = generate(decoder, end_id=texts.end_id, **ANSWERS)  # as `Blip2.ask` does
         answers += [texts.decode(group[0]) for group in groups]
     return answers
 
@@ -478,13 +485,14 @@ def trained_losses(checkpoint: Path) -> str:
 
 
 # What is asked when nothing else is, about the picture that ships with the code.
+PICTURE = os.path.relpath(TINY / "picture.png")
 FIRST_QUESTIONS = ("how many shapes are there?", "what color is the star?", "is the cross small or large?")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
     """Caption, or answer about, a photo or all photos of a folder, as the command line says."""
-    path, built_in = Path(args.image), args.image == str(TINY / "picture.png") and model.llm is not None
+    path, built_in = Path(args.image), args.image == PICTURE and model.llm is not None
     paths = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
     if not paths:
         raise UserError(f"--image {path} has no pictures in it, expected files that end in {', '.join(PICTURES)}")
@@ -545,7 +553,7 @@ def main(argv: list[str] | None = None) -> dict | list | None:
     }
     for command, help_ in about.items():
         p = commands.add_parser(command, help=help_)
-        default = str(TINY / "blip2") if command == "ask" else None
+        default = os.path.relpath(TINY / "blip2") if command == "ask" else None
         p.add_argument("--checkpoint", required=default is None, default=default, help="a run, or a public checkpoint")
         p.add_argument("--vit", help="the frozen encoder, if it is not where the run says")
         p.add_argument("--bert", help="for a .pth: the BERT folder")
@@ -553,7 +561,7 @@ def main(argv: list[str] | None = None) -> dict | list | None:
         p.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
         p.add_argument("--out", help="write the result here as JSON")
         if command == "ask":
-            p.add_argument("--image", default=str(TINY / "picture.png"), help="a photo, or a folder of them")
+            p.add_argument("--image", default=PICTURE, help="a photo, or a folder of them")
             p.add_argument("--question", action="append", help="put into the run's template; may be repeated")
             p.add_argument("--prompt", help="any text that the language model goes on from, as it is")
             p.add_argument("--chat", action="store_true", help="a conversation about one photo")
@@ -574,6 +582,11 @@ def main(argv: list[str] | None = None) -> dict | list | None:
 
     if args.command == "retrieval" and args.k < 1:
         raise UserError(f"got --k {args.k}, expected at least 1")
+    for flag in ("beams", "max_new_tokens") if args.command == "ask" else ():
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"got --{flag.replace('_', '-')} {getattr(args, flag)}, expected at least 1")
+    if args.command == "ask" and args.chat and Path(args.image).is_dir():
+        raise UserError(f"--chat is about one photo, {args.image} is a folder: pass --image with one of its files")
     if args.out and not Path(args.out).parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist, make it first")
     start_processes()

@@ -731,9 +731,13 @@ def begin(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, No
 
 def build_model(cfg: TrainConfig, objectives: tuple[str, ...], resumed_from: Path | None = None) -> Blip2:
     """The model at its start; parts that no loss reaches are not trained."""
+    if cfg.stage == "2" and resumed_from is not None:  # what it started from may be gone
+        model = Blip2.from_pretrained(resumed_from, cfg.vit, llm=cfg.llm, dropout=cfg.dropout)
+        model.llm.grad_checkpointing = cfg.grad_checkpointing
+        return model
     if cfg.stage == "2" and cfg.init != "none":
         say(f"Q-Former: from {cfg.init}")
-        model = Blip2.from_pretrained(resumed_from or cfg.init, cfg.vit, dropout=cfg.dropout)
+        model = Blip2.from_pretrained(cfg.init, cfg.vit, dropout=cfg.dropout)
     else:
         model, accounts = Blip2.build(
             cfg.vit, cfg.bert, cfg.image_size, cfg.queries, cfg.cross_every, cfg.embed_dim, cfg.max_text_tokens,

@@ -421,6 +421,14 @@ def test_ask_without_arguments_answers_about_the_built_in_picture(capsys):
     assert row["how many shapes are there?"] == "two" and row["is the cross small or large?"] == "small"
 
 
+def test_ask_refuses_what_cannot_work(tmp_path):
+    for flag in ("--beams", "--max-new-tokens"):
+        with pytest.raises(UserError, match=f"got {flag} 0, expected at least 1"):
+            main(["ask", flag, "0"])
+    with pytest.raises(UserError, match="--chat is about one photo, .* is a folder"):
+        main(["ask", "--chat", "--image", str(tmp_path)])
+
+
 def test_ask_about_a_folder_skips_what_is_no_picture(tmp_path, capsys):
     for i in range(3):
         few(3).picture(i).save(tmp_path / f"{i}.png")

@@ -23,9 +23,9 @@ def pictures(count: int) -> torch.Tensor:
 
 
 def batch_of(model: Blip2, captions: list[str], seed: int = 0, **rest):
-    rngs = [np.random.default_rng([seed, row]) for row in range(len(captions))]
+    seeds = [[seed, row] for row in range(len(captions))]
     images = rest.pop("images", pictures(len(captions)))
-    return model.llm_texts.batch(captions, rngs, list(range(len(captions))), images=images, **rest)
+    return model.llm_texts.batch(captions, seeds, list(range(len(captions))), images=images, **rest)
 
 
 CAPTIONS = [
@@ -121,7 +121,7 @@ def test_loss_is_the_mean_over_all_words_and_its_gradient_reaches_the_queries_on
 
 
 def test_stage_2_learns_and_leaves_what_is_frozen_alone():
-    model, batch = stage2_model("opt").train(), None
+    model = stage2_model("opt").train()
     batch = batch_of(model, CAPTIONS)
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
