@@ -78,7 +78,7 @@ def open_picture(path: str | Path) -> Image.Image:
         return to_rgb(picture)
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist: check the name, or pass --images with the folder of the photos"
+            f"{path} does not exist: check the name, and for photos of an annotation file the folder (--images)"
         ) from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a picture that Pillow knows: convert it to JPEG or PNG") from None

@@ -169,7 +169,61 @@ def photos_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = [shapes_table, losses_table, photos_table]
+SUBSETS = ("all", "seen", "held-out pairs", "held-out wordings")
+LLM_NAMES = {"opt": "OPT", "t5": "T5"}
+
+
+def stage2_logs(llm: str, init: str) -> list[str]:
+    return [f"stage2-{llm}-{init}-seed{seed}" for seed in range(3)]
+
+
+def answers_table() -> str:
+    """Zero-shot question answering in the shapes world, three seeds of stages 1 and 2."""
+    lines = [row("right answers, %", *SUBSETS), "|---|---|---|---|---|"]
+    for llm, title in LLM_NAMES.items():
+        runs = [log(name)["accuracy"] for name in stage2_logs(llm, "init")]
+        for shown, name in (
+            ("the majority answer", "the majority answer"),
+            ("a blank picture", "a blank picture"),
+            ("another picture", "another picture"),
+            ("**the picture**", "the picture"),
+            ("ceiling: the true caption as text", "the true caption as text"),
+        ):
+            cells = [spread([run[name][subset] for run in runs]) for subset in SUBSETS]
+            lines.append(row(f"{title}, {shown}", *cells))
+    return "\n".join(lines)
+
+
+def accuracies(name: str) -> dict[int, float]:
+    """Step -> share of right answers in validation, as the run printed it."""
+    text = (LOGS / f"{name}.txt").read_text()
+    found = re.findall(r"step +(\d+)/\d+ [^\n]*\n  validation: [^\n]*\n  accuracy ([\d.]+) %", text)
+    return {int(step): float(share) for step, share in found}
+
+
+def figure5_table() -> str:
+    """Paper Figure 5 in miniature: stage 2 behind stage 1, and without it."""
+    steps = (250, 500, 1000, 1750, 2500)
+    lines = [row("right answers, %, after", *(f"{step:,} steps" for step in steps), "test"), "|---|" + "---|" * 6]
+    for llm, title in LLM_NAMES.items():
+        for init, how in (("none", "without stage 1"), ("init", "after stage 1")):
+            names = stage2_logs(llm, init)
+            runs = [accuracies(name) for name in names]
+            test = [log(name)["accuracy"]["the picture"]["all"] for name in names]
+            lines.append(row(f"{title}, {how}", *(spread([run[step] for run in runs]) for step in steps), spread(test)))
+    return "\n".join(lines)
+
+
+def captions_table() -> str:
+    """Captions of Flickr8k val, 1,000 photos."""
+    names, run = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr"), log("flickr8k-stage2")
+    lines = [row("Flickr8k val", *names), "|---|" + "---|" * len(names)]
+    for title, numbers in (("shuffled photos", run["shuffled pictures"]), ("**captions**", run)):
+        lines.append(row(title, *(f"{numbers[name]:.1f}" for name in names)))
+    return "\n".join(lines)
+
+
+TABLES = [shapes_table, losses_table, photos_table, answers_table, figure5_table, captions_table]
 
 
 @pytest.mark.parametrize("table", TABLES)
