@@ -23,9 +23,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import formats
 import weights
 from data import Batch, LLMTexts, Texts, UserError, ask_in, eval_transform, open_picture, pad, read_json, to_rgb
 from generate import generate
+from llm import OPT, T5, OPTConfig, T5Config
 from losses import (
     all_gather,
     all_gather_ragged,
@@ -37,12 +39,14 @@ from losses import (
     itm_loss,
     lm_loss,
     sample_hard_negatives,
+    say,
     world,
 )
 from qformer import CaptionDecoder, ImageKV, Prefix, QFormer, QFormerConfig
 from vit import ViT
 
 OBJECTIVES = ("itc", "itm", "itg")
+LLMS = {OPTConfig: OPT, T5Config: T5}
 TINY = Path(__file__).parent / "assets/tiny"  # what ships with the code
 ANSWERS = dict(max_new_tokens=10, num_beams=5, length_penalty=-1.0, min_new_tokens=1)  # of paper 4.1
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,9 +129,11 @@ class Blip2(nn.Module):
         max_text_tokens: int = 32,
         last_block: bool = False,
         dropout: float | None = None,
+        precision: str = "fp32",
+        device: str | torch.device = "cpu",
     ) -> tuple["Blip2", list[str]]:
         """An untrained model over two folders (see `weights.load_vit`) -> it, and the accounts of what was loaded."""
-        encoder, vit_account, vit_files = weights.load_vit(vit, last_block)
+        encoder, vit_account, vit_files = weights.load_vit(vit, last_block, vit_dtype(precision, device), device)
         sizes = dict(image_width=encoder.cfg.width, num_queries=num_queries, cross_every=cross_every)
         if dropout is not None:
             sizes["dropout"] = dropout
@@ -138,19 +144,15 @@ class Blip2(nn.Module):
                 f"{bert} has a tokenizer of {texts.vocab_size - 1} words and weights of {qformer.cfg.vocab_size - 1}, "
                 "expected the same: use the tokenizer that the weights were trained with"
             )
-        patch, longest = encoder.cfg.patch_size, qformer.cfg.max_positions // 8 * 8  # `pad` rounds up to 8
-        if image_size % patch or image_size < patch:
-            raise UserError(
-                f"--image-size {image_size} is no multiple of the patch size {patch} of {vit}: "
-                f"pass --image-size {max(1, round(image_size / patch)) * patch}"
-            )
+        check_image_size(image_size, encoder.cfg.patch_size, vit)
+        longest = qformer.cfg.max_positions // 8 * 8  # `pad` rounds up to 8
         if not 3 <= max_text_tokens <= longest:
             raise UserError(
                 f"got --max-text-tokens {max_text_tokens}, expected 3 to {longest}, the positions that {bert} has"
             )
         sources = {"vit": vit, "vit_files": vit_files, "last_block": last_block, "bert": bert}
         model = cls(encoder, qformer, texts, image_size, embed_dim, sources=sources)
-        return model, [vit_account, bert_account]
+        return model.set_precision(precision, device), [vit_account, bert_account]
 
     @classmethod
     def from_pretrained(
@@ -159,35 +161,46 @@ class Blip2(nn.Module):
         vit: str | None = None,
         bert: str | None = None,
         llm: str | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         precision: str = "fp32",
         dropout: float | None = None,
+        image_size: int | None = None,
     ) -> "Blip2":
-        """Open a run folder, a folder of transformers' Blip2ForConditionalGeneration, or LAVIS's stage-1 checkpoint
-        (a .pth, with the `vit` and `bert` it was made from).
+        """Open a run folder; a folder of transformers' Blip2ForConditionalGeneration or Blip2ForImageTextRetrieval; or
+        a checkpoint of LAVIS (.pth) with the folders it was trained over: `vit`, and `bert` or `llm`.
 
-        vit, llm: where the frozen parts of a run are now, if they have moved. precision: "fp32", "bf16" or "fp16".
-        dropout: of the Q-Former in further training, if not that of the run.
+        vit, llm: where the frozen parts of a run are now, if they have moved. precision: "fp32", "bf16" or "fp16"; the
+        frozen parts are read straight into it. dropout: of the Q-Former in further training, if not that of the run.
+        image_size: of the pictures, if not that of the checkpoint; the table of positions is resized.
         """
         path = Path(path)
         if path.suffix in (".pth", ".pt"):
-            model = cls._from_lavis(path, vit, bert)
+            model = cls._from_lavis(path, vit, bert, llm, precision, device)
         elif (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "blip-2":
-            model = cls._from_hf(path)
+            if vit or bert or llm:
+                raise UserError(f"{path} has all its parts: leave --vit, --bert and --llm out")
+            model = cls._from_hf(path, precision, device)
         else:
-            model = cls._from_run(path, vit, llm, dropout)
-        return model.set_precision(precision, device).eval()
+            model = cls._from_run(path, vit, llm, dropout, precision, device)
+        if image_size is not None:
+            check_image_size(image_size, model.vit.cfg.patch_size, str(path))
+            model.image_size = image_size
+        return model.eval()
 
     @classmethod
-    def _from_run(cls, folder: Path, vit: str | None, llm: str | None, dropout: float | None) -> "Blip2":
+    def _from_run(
+        cls, folder: Path, vit: str | None, llm: str | None, dropout: float | None, precision: str, device
+    ) -> "Blip2":
         """A folder that `save_pretrained` has written."""
         if not (folder / "model.safetensors").exists():
             raise UserError(
                 f"{folder} is not a run: expected config.json and model.safetensors in it, as train.py writes"
             )
         config = read_json(folder / "config.json")
+        if config.get("model") != "blip2":
+            raise UserError(f"{folder} is a {config.get('model_type')}, expected a run, or a whole BLIP-2")
         spec = vit or relocated(config["vit"], folder)
-        encoder, _, files = weights.load_vit(spec, config["last_block"])
+        encoder, _, files = weights.load_vit(spec, config["last_block"], vit_dtype(precision, device), device)
         trained_over = config["qformer"]["image_width"]
         if encoder.cfg.width != trained_over:
             raise UserError(
@@ -196,75 +209,103 @@ class Blip2(nn.Module):
             )
         sizes = config["qformer"] | ({} if dropout is None else {"dropout": dropout})
         sources = {"vit": spec, "vit_files": files, "last_block": config["last_block"], "bert": config["bert"]}
+        sources["lacks"] = config.get("lacks", [])
         model = cls(
             encoder,
             QFormer(QFormerConfig(**sizes)),
-            Texts(folder, config["max_text_tokens"]),
+            Texts(folder, config["max_text_tokens"]) if config.get("text_branch", True) else None,
             config["image_size"],
             config["embed_dim"],
             config["ln_vision_eps"],
             sources,
-        )
+        ).set_precision(precision, device)
         model.check_frozen("vit", config, folder)
         if config.get("llm"):  # a run of stage 2
-            model.attach_llm(llm or relocated(config["llm"], folder), config["template"])
+            model.attach_llm(llm or relocated(config["llm"], folder), config["template"], config.get("llm_act"))
             model.check_frozen("llm", config, folder)
         model.load_trained(folder)
         return model
 
     @classmethod
-    def _from_hf(cls, folder: Path) -> "Blip2":
-        """transformers' Blip2ForConditionalGeneration: one folder with all parts, but without a text branch."""
+    def _from_hf(cls, folder: Path, precision: str, device) -> "Blip2":
+        """transformers' BLIP-2 classes: one folder with all parts. With a language model it has no text branch; for
+        retrieval it has one, but neither ITG's head nor ITC's temperature."""
         spec, config = str(folder), read_json(folder / "config.json")
-        encoder, _, files = weights.load_vit(spec)
-        qformer = QFormer(weights.hf_qformer_config(config))
-        sources = {"vit": spec, "vit_files": files}
-        vision = config["vision_config"]
-        eps = vision.get("layer_norm_eps", 1e-6)
-        model = cls(encoder, qformer, None, vision.get("image_size", 224), ln_vision_eps=eps, sources=sources)
-        model.attach_llm(spec)
-        weights.load(model, weights.open_tensors(files), weights.HF_BLIP2, spec)
+        encoder, account, files = weights.load_vit(spec, dtype=vit_dtype(precision, device), device=device)
+        say(account)
+        tensors = weights.open_tensors(files)
+        retrieval = "itm_head.weight" in tensors
+        model = cls(
+            encoder,
+            QFormer(weights.hf_qformer_config(config, retrieval)),
+            Texts(folder) if retrieval else None,
+            encoder.cfg.image_size,
+            config.get("image_text_hidden_size", 256),
+            encoder.cfg.eps,
+            {"vit": spec, "vit_files": files, "lacks": ["itg"] if retrieval else []},
+        ).set_precision(precision, device)
+        if not retrieval:
+            say(model.attach_llm(spec))
+        say(weights.load(model, tensors, formats.HF_RETRIEVAL if retrieval else formats.HF_BLIP2, spec))
         return model
 
     @classmethod
-    def _from_lavis(cls, path: Path, vit: str | None, bert: str | None) -> "Blip2":
-        """The original's stage-1 checkpoint; it has no config, so the two folders say the architecture."""
+    def _from_lavis(
+        cls, path: Path, vit: str | None, bert: str | None, llm: str | None, precision: str, device
+    ) -> "Blip2":
+        """The original's checkpoints of either stage, with or without a ViT that was fine-tuned with them. They have no
+        config, so the folders say the architecture."""
         if not path.exists():
             raise UserError(f"{path} does not exist: expected a LAVIS checkpoint or a run folder")
-        if vit is None or bert is None:
-            raise UserError(f"{path} does not say its architecture: pass --vit eva-g:eva_vit_g.pth and --bert FOLDER")
         tensors = weights.open_tensors([path])
-        if any(key.startswith("visual_encoder.") for key in tensors):
-            raise UserError(f"{path} holds a ViT that was fine-tuned with it, expected a checkpoint of stage 1")
-        encoder, _, files = weights.load_vit(vit)
-        sizes = dict(image_width=encoder.cfg.width)
-        if "query_tokens" in tensors:
-            sizes["num_queries"] = tensors["query_tokens"].shape[1]
-        qformer, _, _ = weights.load_bert(bert, **sizes)
-        sources = {"vit": vit, "vit_files": files, "last_block": False, "bert": bert}
-        model = cls(encoder, qformer, Texts(bert), sources=sources)
-        weights.load(model, tensors, weights.LAVIS_STAGE1, str(path))
+        stage2, has_vit, name = weights.lavis_kind(tensors)
+        own = name if has_vit else f"{name}:{'eva_vit_g.pth' if name == 'eva-g' else 'clip_vit_L.pth'}"
+        if vit is None or (llm if stage2 else bert) is None:
+            part = "llm" if stage2 else "bert"
+            raise UserError(f"{path} does not say its architecture: pass --vit {own} and --{part} FOLDER")
+        if has_vit:
+            vit = f"{name}:{path}"
+        encoder, account, files = weights.load_vit(vit, dtype=vit_dtype(precision, device), device=device)
+        say(account)
+        sizes = dict(image_width=encoder.cfg.width) | weights.lavis_sizes(tensors)
+        if bert is not None:
+            sizes |= weights.bert_config(Path(bert))
+        sources = {"vit": vit, "vit_files": files, "last_block": False, "bert": bert or ""}
+        texts = None if stage2 else Texts(bert)
+        embed_dim = len(tensors["vision_proj.bias"]) if "vision_proj.bias" in tensors else 256
+        model = cls(encoder, QFormer(QFormerConfig(**sizes)), texts, encoder.cfg.image_size, embed_dim, sources=sources)
+        model.set_precision(precision, device)
+        if stage2:
+            say(model.attach_llm(llm, act="gelu" if "t5_proj.weight" in tensors else None))
+        say(weights.load(model, tensors, formats.LAVIS_STAGE2 if stage2 else formats.LAVIS_STAGE1, str(path)))
         return model
 
-    def attach_llm(self, spec: str, template: str | None = None) -> str:
+    def attach_llm(self, spec: str, template: str | None = None, act: str | None = None) -> str:
         """Put a frozen language model behind the queries (paper 3.3) -> the account of its loading.
 
-        spec: see `weights.load_llm`. template: of questions, with {} for the question; else the model's usual one.
+        spec: see `weights.load_llm`; it is read straight into this model's precision, on its device.
+        template: of questions, with {} for the question; else the model's usual one.
+        act: T5's activation, if not that of its config.json: the original has put "gelu", by erf, in its place.
         The projection to its width is new; what stage 2 does not reach is not trained any more.
         """
-        self.llm, account, files = weights.load_llm(spec)
-        self.llm.requires_grad_(False).eval()
-        self.sources |= {"llm": spec, "llm_files": files}
-        tokenizer = spec if files else TINY / type(self.llm).__name__.lower()  # random weights have none of their own
-        self.llm_texts = LLMTexts(tokenizer, self.llm.layout, self.texts.max_tokens if self.texts else 32)
-        self.template = template or self.llm.layout.template
-        if self.llm_texts.vocab_size > self.llm.cfg.vocab_size:
+        cfg, _ = weights.llm_config(spec)  # the tokenizer first: its errors come before gigabytes are read
+        kind = LLMS[type(cfg)]
+        tokenizer = spec if os.path.isdir(spec) else TINY / kind.__name__.lower()  # random weights have none
+        texts = LLMTexts(tokenizer, kind.layout, self.texts.max_tokens if self.texts else 32)
+        if texts.vocab_size > cfg.vocab_size:
             raise UserError(
-                f"{spec} has a tokenizer of {self.llm_texts.vocab_size} words and weights of "
-                f"{self.llm.cfg.vocab_size}, expected no more words than weights: use the model's own tokenizer"
+                f"{spec} has a tokenizer of {texts.vocab_size} words and weights of {cfg.vocab_size}, "
+                "expected no more words than weights: use the model's own tokenizer"
             )
-        self.check_room(self.llm_texts.max_tokens, 0)
-        self.llm_proj = nn.Linear(self.qformer.cfg.width, self.llm.width)
+        llm, account, files = weights.load_llm(spec, self.amp_dtype or torch.float32, self.device, act)
+        self.llm, self.llm_texts, self.template = (
+            llm.requires_grad_(False).eval(),
+            texts,
+            template or llm.layout.template,
+        )
+        self.sources |= {"llm": spec, "llm_files": files, "llm_act": act}
+        self.check_room(texts.max_tokens, 0)
+        self.llm_proj = nn.Linear(self.qformer.cfg.width, llm.width, device=self.device)
         text_branch = (
             self.qformer.word_embedding,
             self.qformer.position_embedding,
@@ -282,8 +323,8 @@ class Blip2(nn.Module):
 
     def load_trained(self, folder: str | Path) -> None:
         """Everything but the frozen parts, from a folder that `save_pretrained` has written; strict."""
-        rows = [weights.Row((name,), name) for name in self.trained_state()]
-        table = weights.Table(rows, fresh={r"vit\..*|llm\..*": "the frozen parts"})
+        rows = [formats.Row((name,), name) for name in self.trained_state()]
+        table = formats.Table(rows, fresh={r"vit\..*|llm\..*": "the frozen parts"})
         weights.load(self, weights.open_tensors([Path(folder) / "model.safetensors"]), table, str(folder))
 
     def save_pretrained(self, folder: str | Path, home: str | Path | None = None, **extra) -> None:
@@ -296,7 +337,8 @@ class Blip2(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trained_state().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        self.texts.save(folder)
+        if self.texts is not None:
+            self.texts.save(folder)
         self.write_config(folder, home, **extra)
         # safetensors lets only the owner read its files; a colleague may read this one as any other.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
@@ -312,14 +354,16 @@ class Blip2(nn.Module):
             "bert": relative(self.sources.get("bert", ""), home),  # where the Q-Former started; not needed any more
             "image_size": self.image_size,
             "embed_dim": self.embed_dim,
-            "max_text_tokens": self.texts.max_tokens,
+            "text_branch": self.texts is not None,  # public checkpoints of stage 2 have none
+            "lacks": self.sources.get("lacks", []),  # of the heads; those for retrieval have none for ITG
+            "max_text_tokens": (self.texts or self.llm_texts).max_tokens,
             "ln_vision_eps": self.ln_vision.eps,
             "qformer": asdict(self.qformer.cfg),
             **extra,
         }
         if self.llm is not None:
             llm = {"llm": relative(self.sources["llm"], home), "llm_sha256": self.frozen_sha256("llm")}
-            config |= {**llm, "template": self.template}
+            config |= {**llm, "llm_act": self.sources["llm_act"], "template": self.template}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     # --- precision and freezing --------------------------------------------------------------------------------------
@@ -330,17 +374,12 @@ class Blip2(nn.Module):
         The ViT takes fp16 on CUDA, as in paper 3.4, and bf16 on CPU, which has no fast fp16. The language model takes
         the precision of the products: bf16 or, for OPT, fp16 (paper 3.4 has OPT in fp16 and T5 in bf16).
         """
-        if precision == "fp16" and self.llm is not None and not self.llm.fits_fp16:
-            raise UserError(
-                f"got precision fp16 for {self.sources['llm']}, in which T5 overflows: pass --precision bf16, or fp32"
-            )
-        self.to(device)
         self.amp_dtype = PRECISIONS[precision]
-        if self.amp_dtype is not None:
-            self.vit.to(torch.float16 if torch.device(device).type == "cuda" else self.amp_dtype)
-            if self.llm is not None:
-                self.llm.to(self.amp_dtype)
-        return self
+        if self.llm is not None:
+            weights.check_llm_dtype(self.llm, self.amp_dtype, self.sources["llm"])
+            self.llm.to(self.amp_dtype or torch.float32)
+        self.vit.to(vit_dtype(precision, device))
+        return self.to(device)
 
     def train(self, mode: bool = True):
         """As usual, but what is frozen stays in eval mode."""
@@ -545,6 +584,11 @@ class Blip2(nn.Module):
         """Strings (one or a list) -> features. Texts longer than the model's limit are cut."""
         if isinstance(texts, EncodedTexts):
             return texts
+        if self.texts is None:
+            raise UserError(
+                f"{self.sources['vit']} has no text branch to read a text with, as all public checkpoints of stage 2: "
+                "open one of stage 1 or for retrieval"
+            )
         ids = self.texts.encode([texts] if isinstance(texts, str) else list(texts))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # so that a batch needs little padding
         cls = torch.empty(len(ids), self.qformer.cfg.width, device=self.device)
@@ -611,6 +655,11 @@ class Blip2(nn.Module):
             captions = self.write(encoded, rows, [prompt] * len(rows), batch_size, **decoding)
         elif prompt:
             raise UserError(f"got the prompt {prompt!r} for a model without a language model: leave it out")
+        elif "itg" in self.sources.get("lacks", ()):
+            raise UserError(
+                f"{self.sources['vit']} lacks the head that writes captions (ITG), as all public checkpoints for "
+                "retrieval: open one with a language model"
+            )
         else:
             captions = []
             for tokens in batches_of(encoded.tokens, batch_size):
@@ -821,6 +870,23 @@ def stage2_totals(batches: list[Batch]) -> dict[str, Tensor]:
     """How many words one optimizer step predicts, over all its micro-batches and processes."""
     words = torch.tensor(sum(len(batch.label_rows) for batch in batches), device=batches[0].label_rows.device)
     return {"lm": all_sum(words)}
+
+
+def vit_dtype(precision: str, device: str | torch.device) -> torch.dtype:
+    """Of the frozen ViT's weights: half on the way to half-precision products, on CUDA fp16 as in paper 3.4."""
+    half = PRECISIONS[precision]
+    if half is None:
+        return torch.float32
+    return torch.float16 if torch.device(device).type == "cuda" else half
+
+
+def check_image_size(image_size: int, patch: int, what: str) -> None:
+    """Refuse a size that patches do not fill."""
+    if image_size % patch or image_size < patch:
+        raise UserError(
+            f"--image-size {image_size} is no multiple of the patch size {patch} of {what}: "
+            f"pass --image-size {max(1, round(image_size / patch)) * patch}"
+        )
 
 
 def batches_of(items, size: int):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -161,8 +162,10 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         special = ("<s>", "<pad>", "</s>", "<unk>")
         tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
     else:
+        more = " (a spiece.model is not read: T5 v1.1 has the words of Flan-T5, whose tokenizer.json fits)"
         raise UserError(
             f"{folder} has no tokenizer: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt in it"
+            + more * (folder / "spiece.model").exists()
         )
     tokenizer.no_padding()  # some published files have it switched on
     tokenizer.no_truncation()
@@ -177,10 +180,11 @@ class Texts:
         self.tokenizer = open_tokenizer(folder)
         self.tokenizer.enable_truncation(max_tokens)
         self.max_tokens = max_tokens
+        self.tokenizer.add_special_tokens(["[DEC]"])  # some published files have it
         self.pad_id, self.cls_id, self.sep_id = (self.tokenizer.token_to_id(t) for t in ("[PAD]", "[CLS]", "[SEP]"))
         if None in (self.pad_id, self.cls_id, self.sep_id):
             raise UserError(f"{folder} is not BERT's tokenizer: expected the tokens [PAD], [CLS] and [SEP] in it")
-        self.vocab_size = self.tokenizer.get_vocab_size() + 1  # [DEC], the last id
+        self.vocab_size = self.tokenizer.token_to_id("[DEC]") + 1
 
     def encode(self, captions: list[str]) -> list[list[int]]:
         """Cleaned and tokenized: [CLS] ... [SEP], at most `max_tokens`."""
@@ -188,7 +192,7 @@ class Texts:
 
     def decode(self, ids: list[int]) -> str:
         """Ids, special tokens skipped, to a string."""
-        return self.tokenizer.decode([token for token in ids if token < self.vocab_size - 1])
+        return self.tokenizer.decode(ids)
 
     def batch(self, captions: list[str], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
         """What stage 1 learns of."""
@@ -226,6 +230,17 @@ class LLMTexts:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """As they are, without special tokens."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def hf_tokenizer(self) -> tuple[Tokenizer, dict[str, str]]:
+        """As transformers reads it, with the tokens around a prompt put in by itself and one for an image, and the
+        names of its special tokens."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.add_special_tokens(["<image>"])
+        around = [token for token in (self.layout.prompt_start, "$A", self.layout.prompt_end) if token]
+        special = [(token, self.token(token)) for token in around if token != "$A"]
+        tokenizer.post_processor = TemplateProcessing(single=" ".join(around), special_tokens=special)
+        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        return tokenizer, names | ({"bos_token": self.layout.prompt_start} if self.start else {})
 
     def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
         """What the model reads behind the visual embeddings."""

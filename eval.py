@@ -48,16 +48,10 @@ from data import (
     say_sentence,
 )
 from generate import generate
-from losses import all_gather, gather_objects, start_processes, world
+from losses import all_gather, gather_objects, say, start_processes, world
 from metrics import bleu, caption_words, chance, cider, ranks, recalls, reranked_ranks
 
 K_RERANK = 128  # the original's and, by its code, the paper's
-
-
-def say(*lines: str) -> None:
-    """Print, on the first process."""
-    if world()[0] == 0:
-        print(*lines, sep="\n", flush=True)
 
 
 def clock(seconds: float) -> str:
@@ -559,6 +553,8 @@ def main(argv: list[str] | None = None) -> dict | list | None:
         p.add_argument("--bert", help="for a .pth: the BERT folder")
         p.add_argument("--llm", help="the frozen language model, if it is not where the run says")
         p.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
+        p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+        p.add_argument("--image-size", type=int, help="of the pictures, if not that of the checkpoint")
         p.add_argument("--out", help="write the result here as JSON")
         if command == "ask":
             p.add_argument("--image", default=PICTURE, help="a photo, or a folder of them")
@@ -590,9 +586,11 @@ def main(argv: list[str] | None = None) -> dict | list | None:
     if args.out and not Path(args.out).parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist, make it first")
     start_processes()
-    device = local_device("auto")
+    device = local_device(args.device)
     precision, why = choose_precision(device, args.precision)
-    model = Blip2.from_pretrained(args.checkpoint, args.vit, args.bert, args.llm, device, precision)
+    model = Blip2.from_pretrained(
+        args.checkpoint, args.vit, args.bert, args.llm, device, precision, image_size=args.image_size
+    )
     if args.command == "ask" and args.chat:
         return chat(model, Path(args.image))
     say(f"{args.checkpoint} on {device}, {precision} ({why})")

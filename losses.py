@@ -50,6 +50,12 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def say(*lines: str) -> None:
+    """Print, on the first process."""
+    if world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
+
 class _AllGather(torch.autograd.Function):
     """Concatenation over the processes; the gradient of a row is the sum of what all processes owe it."""
 

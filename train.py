@@ -65,9 +65,9 @@ from data import (
     say_sentence,
     train_loader,
 )
-from eval import answer_table, answering, caption_table, captioning, clock, retrieval, say, shard, table
+from eval import answer_table, answering, caption_table, captioning, clock, retrieval, shard, table
 from llm import T5Config
-from losses import ITM_PRIOR, all_sum, barrier, gather_objects, smoothing_floor, start_processes, world
+from losses import ITM_PRIOR, all_sum, barrier, gather_objects, say, smoothing_floor, start_processes, world
 from weights import llm_config
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -198,14 +198,14 @@ def complete(cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, str]:
             raise UserError(f"got --{flag}, a flag of stage {ONLY_IN[name]}, in stage {cfg.stage}: leave it out")
     if cfg.stage == "2" and not cfg.init:
         raise UserError("stage 2 starts from a run of stage 1: pass --init runs/stage1, or --init none to go without")
+    inherited = inherit(cfg, given) if cfg.stage == "2" and cfg.init != "none" else {}
     name, why = f"stage {cfg.stage}, ", "--data is not shapes"
     if cfg.data == ["shapes"]:
         name, why = name + "tiny", "--data is shapes"
     elif cfg.stage == "1":
         name += "paper"
     else:
-        name += "paper, T5" if isinstance(llm_config(cfg.llm)[0], T5Config) else "paper, OPT"
-    inherited = inherit(cfg, given) if cfg.stage == "2" and cfg.init != "none" else {}
+        name += "paper, T5" if isinstance(llm_config(inherited.get("llm", cfg.llm))[0], T5Config) else "paper, OPT"
     recipe = {key: value for key, value in RECIPES[name].items() if key not in given | inherited.keys()}
     chosen = f'recipe "{name}", because {why}: ' + ", ".join(f"{key} {value:g}" for key, value in recipe.items())
     if inherited:
@@ -220,6 +220,11 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
     if not (folder / "config.json").exists():
         raise UserError(f"--init {folder} is not a run: train it with --stage 1 --out {folder}, or pass --init none")
     run = read_json(folder / "config.json")
+    if run.get("model") != "blip2":
+        raise UserError(
+            f"--init {folder} is a public checkpoint, expected a run: make one of it with "
+            f"python weights.py export {folder} --format run runs/{folder.name}"
+        )
     inherited = {
         "vit": relocated(run["vit"], folder),
         "bert": relocated(run["bert"], folder),
@@ -228,7 +233,9 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
         "cross_every": run["qformer"]["cross_every"],
         **{name: run[name] for name in ("image_size", "embed_dim", "max_text_tokens", "last_block")},
     }
-    for name in given & inherited.keys() - {"vit", "dropout"}:
+    if run.get("llm"):  # it was of stage 2 already
+        inherited["llm"] = relocated(run["llm"], folder)
+    for name in given & inherited.keys() - {"vit", "dropout", "llm"}:
         if getattr(cfg, name) != inherited[name]:
             flag = name.replace("_", "-")
             raise UserError(f"got --{flag} {getattr(cfg, name)}, but {folder} has {inherited[name]}: leave it out")
@@ -433,14 +440,15 @@ def save_checkpoint(
     torch.save({**train_state, "step": step, "rng": rngs}, partial / "train_state.pt")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    for name in ("model.safetensors", "tokenizer.json", "train_state.pt"):
+    texts = ("tokenizer.json",) if model.texts is not None else ()
+    for name in ("model.safetensors", "train_state.pt", *texts):
         link(folder / name, run / name)
     model.write_config(run, train=asdict(cfg), step=step)
     if is_best:
         best = run / ".best.partial"
         shutil.rmtree(best, ignore_errors=True)
         best.mkdir()
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):  # config: both folders are as deep
+        for name in ("config.json", "model.safetensors", *texts):  # config: both folders are as deep
             link(folder / name, best / name)
         shutil.rmtree(run / "best", ignore_errors=True)
         os.replace(best, run / "best")
@@ -541,7 +549,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
 
     # --- model
     torch.manual_seed(cfg.seed)  # the same new weights on all processes
-    model = build_model(cfg, objectives, folder).set_precision(precision, device).train()
+    model = build_model(cfg, objectives, precision, device, folder).train()
     say(f"{device}, {size} process(es), {precision} because {why}")
     say(parts_table(model), memory_line(model, micro_batch, objectives))
     if "itc" in objectives:
@@ -729,23 +737,27 @@ def begin(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, No
     return cfg, None, None
 
 
-def build_model(cfg: TrainConfig, objectives: tuple[str, ...], resumed_from: Path | None = None) -> Blip2:
+def build_model(
+    cfg: TrainConfig, objectives: tuple[str, ...], precision: str, device: torch.device, resumed_from: Path | None
+) -> Blip2:
     """The model at its start; parts that no loss reaches are not trained."""
+    where = dict(device=device, precision=precision)
     if cfg.stage == "2" and resumed_from is not None:  # what it started from may be gone
-        model = Blip2.from_pretrained(resumed_from, cfg.vit, llm=cfg.llm, dropout=cfg.dropout)
+        model = Blip2.from_pretrained(resumed_from, cfg.vit, llm=cfg.llm, dropout=cfg.dropout, **where)
         model.llm.grad_checkpointing = cfg.grad_checkpointing
         return model
     if cfg.stage == "2" and cfg.init != "none":
         say(f"Q-Former: from {cfg.init}")
-        model = Blip2.from_pretrained(cfg.init, cfg.vit, dropout=cfg.dropout)
+        model = Blip2.from_pretrained(cfg.init, cfg.vit, dropout=cfg.dropout, **where)
     else:
         model, accounts = Blip2.build(
             cfg.vit, cfg.bert, cfg.image_size, cfg.queries, cfg.cross_every, cfg.embed_dim, cfg.max_text_tokens,
-            cfg.last_block, cfg.dropout,
+            cfg.last_block, cfg.dropout, **where,
         )  # fmt: skip
         say(*accounts)
-    if cfg.stage == "2":
+    if cfg.stage == "2" and (model.llm is None or model.sources["llm"] != cfg.llm):
         say(model.attach_llm(cfg.llm))
+    if cfg.stage == "2":
         model.llm.grad_checkpointing = cfg.grad_checkpointing
         return model
     model.itm_head.requires_grad_("itm" in objectives)

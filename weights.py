@@ -1,28 +1,54 @@
-"""Public checkpoints in: key tables as data, and one strict loader.
+"""Public checkpoints in and out: one strict loader, what the files say, and the way back.
 
-A table says which of their keys becomes which of ours, `{}` standing for the number of a block, and through which
-function if not as it is. Loading accounts for everything: each of their keys is used or ignored for a stated reason,
-each of ours is filled or fresh for a stated reason, and all shapes agree. Otherwise one error lists every problem and
-nothing has been changed.
+    python weights.py inspect CHECKPOINT                      what it is, its parts, their sizes and dtypes
+    python weights.py export RUN --format hf OUT_FOLDER       for transformers' BLIP-2 classes
+    python weights.py export RUN --format lavis OUT.pth       for the original code
+    python weights.py export PUBLIC --format run runs/NAME    to train from a public checkpoint
 
-    encoders    EVA-CLIP ViT-g (bare file), CLIP (LAVIS's bare file or transformers' folder), DINOv2, BLIP-2's own
-    text        BERT and its like (MiniLM, ...); OPT; T5 v1.1 and Flan-T5
-    BLIP-2      LAVIS's stage-1 checkpoints; transformers' folders with a language model
+The tables of formats.py say which of their keys becomes which of ours. Loading accounts for everything: each of their
+keys is used or ignored for a stated reason, each of ours is filled or fresh for a stated reason, all shapes agree and
+all values are finite. Otherwise one error lists every problem and nothing has been changed.
 """
 
+import argparse
 import hashlib
+import json
+import math
 import re
+import shutil
+import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import UserError, read_json
+from data import UserError, read_json, say_sentence
+from formats import (
+    BERT,
+    CLIP,
+    CLIP_BARE,
+    DINOV2,
+    EVA,
+    HF_BLIP2,
+    HF_BLIP2_VIT,
+    HF_RETRIEVAL,
+    INVERSES,
+    LAVIS_STAGE1,
+    LAVIS_STAGE2,
+    LAVIS_VITS,
+    OPT_TABLE,
+    T5_TABLE,
+    THIRDS,
+    Row,
+    Table,
+    both,
+)
 from llm import PRESETS as LLM_PRESETS
 from llm import OPTConfig, T5Config, build_llm
 from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries
@@ -31,35 +57,43 @@ from vit import CLIP_MEAN, CLIP_STD, PRESETS, ViT, ViTConfig
 # --- the loader ------------------------------------------------------------------------------------------------------
 
 
-def as_it_is(tensor: Tensor) -> Tensor:
-    """No transform."""
-    return tensor
+def load(
+    target: nn.Module, source: Mapping[str, Tensor], table: Table, what: str,
+    dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+) -> str:  # fmt: skip
+    """Put `source` into the parameters of `target` as `table` says. Returns the account in a sentence.
 
-
-@dataclass(frozen=True)
-class Row:
-    """Their keys (one, or several that are combined) -> our key."""
-
-    theirs: tuple[str, ...]
-    ours: str
-    transform: Callable[..., Tensor] = as_it_is
-
-
-@dataclass(frozen=True)
-class Table:
-    """One public format. If several rows lead to one of our keys, the first whose sources are all there counts."""
-
-    rows: list[Row]
-    ignored: dict[str, str] = field(default_factory=dict)  # regular expression of their keys -> why
-    fresh: dict[str, str] = field(default_factory=dict)  # regular expression of our keys -> why
-    renames: dict[str, str] = field(default_factory=dict)  # regular expression -> replacement, on their keys, first
-
-
-def load(target: nn.Module, source: Mapping[str, Tensor], table: Table, what: str) -> str:
-    """Copy `source` into the parameters of `target` as `table` says. Returns the account in a sentence.
-
+    Parameters that exist keep their dtype and place. Those on the meta device come to be on `device`, in `dtype` or
+    else as the file has them, one at a time, so that never more than one tensor is there twice.
     Raises UserError with the full list of problems, before anything is changed.
     """
+    plan, account = match(target, source, table, what)
+    loaded = []
+    for ours, (row, keys) in plan.items():
+        parameter = target.get_parameter(ours)
+        tensor = row.transform(*(source[key] for key in keys))
+        if parameter.is_meta:  # a copy: what is mapped from a file would change with it
+            tensor = tensor.to(device, dtype, copy=True)
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise UserError(
+                f"{what} does not fit, nothing was loaded: {', '.join(keys)} holds values that are not finite in "
+                f"{str(tensor.dtype)[6:]}: fetch it again, or take a wider dtype"
+            )
+        loaded.append((ours, parameter, tensor))
+    with torch.no_grad():
+        for ours, parameter, tensor in loaded:
+            if parameter.is_meta:
+                owner, _, name = ours.rpartition(".")
+                setattr(target.get_submodule(owner), name, nn.Parameter(tensor, parameter.requires_grad))
+            else:
+                parameter.copy_(tensor)
+    return account
+
+
+def match(
+    target: nn.Module, source: Mapping[str, Tensor], table: Table, what: str
+) -> tuple[dict[str, tuple[Row, list[str]]], str]:
+    """Which row and which of their keys fill each of our parameters, and the account; by names and shapes alone."""
     theirs = {}  # their key, renamed -> their key
     for key in source:
         renamed = key
@@ -67,7 +101,7 @@ def load(target: nn.Module, source: Mapping[str, Tensor], table: Table, what: st
             renamed = re.sub(pattern, replacement, renamed)
         theirs[renamed] = key
 
-    plan, problems, fresh, used = [], [], Counter(), set()
+    plan, problems, fresh, used = {}, [], Counter(), set()
     for ours, parameter in target.named_parameters():
         row, keys = find_row(table, ours, theirs)
         if row is None:
@@ -77,11 +111,13 @@ def load(target: nn.Module, source: Mapping[str, Tensor], table: Table, what: st
                 problems.append(f"missing: nothing for {ours} {tuple(parameter.shape)}{wanted_keys(table, ours)}")
             continue
         used.update(keys)
-        # On the meta device first: shapes only, so that nothing is read or changed before all is known to fit.
-        shape = row.transform(*(torch.empty(shape_of(source, theirs[key]), device="meta") for key in keys)).shape
+        try:
+            shape = row.transform(*(torch.empty(shape_of(source, theirs[key]), device="meta") for key in keys)).shape
+        except RuntimeError:  # they do not even fit to each other
+            shape = [tuple(shape_of(source, theirs[key])) for key in keys]
         if shape != parameter.shape:
             problems.append(f"shape: {', '.join(keys)} gives {tuple(shape)}, {ours} is {tuple(parameter.shape)}")
-        plan.append((parameter, row, keys))
+        plan[ours] = row, [theirs[key] for key in keys]
 
     ignored = Counter()
     for key in sorted(theirs.keys() - used):
@@ -93,14 +129,10 @@ def load(target: nn.Module, source: Mapping[str, Tensor], table: Table, what: st
         raise UserError(
             f"{what} does not fit, nothing was loaded; {len(problems)} problem(s):\n  " + "\n  ".join(problems)
         )
-
-    with torch.no_grad():
-        for parameter, row, keys in plan:
-            parameter.copy_(row.transform(*(source[theirs[key]] for key in keys)))
     account = [f"{len(used)} used"]
     account += [f"{n} ignored ({why})" for why, n in ignored.items()]
     account += [f"{n} fresh ({why})" for why, n in fresh.items()]
-    return f"{what}: {', '.join(account)}"
+    return plan, f"{what}: {', '.join(account)}"
 
 
 def find_row(table: Table, ours: str, theirs: Mapping[str, str]) -> tuple[Row | None, list[str]]:
@@ -129,7 +161,31 @@ def first_match(patterns: dict[str, str], key: str) -> str | None:
     return next((why for pattern, why in patterns.items() if re.fullmatch(pattern, key)), None)
 
 
+def unload(source: nn.Module, table: Table, without: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """The other way: the parameters that `table` has a place for, under their keys. The first row of a key counts.
+
+    without: regular expression of our keys that are left out -> why.
+    """
+    theirs: dict[str, Tensor] = {}
+    for ours, parameter in source.named_parameters():
+        for row, keys in () if first_match(without or {}, ours) else rows_for(table, ours):
+            tensor = parameter.detach()
+            if row.transform in THIRDS:  # the key's third is zero where there is none
+                fused = theirs.setdefault(keys[0], tensor.new_zeros(3 * len(tensor)))
+                fused.chunk(3)[THIRDS[row.transform]].copy_(tensor)
+            else:
+                tensors = INVERSES[row.transform](tensor, len(keys))
+                theirs |= {key: tensor.contiguous() for key, tensor in zip(keys, tensors, strict=True)}
+            break
+    return theirs
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class SafeTensors(Mapping):
@@ -140,7 +196,7 @@ class SafeTensors(Mapping):
         for path in paths:
             try:
                 file = safe_open(path, framework="pt")
-            except Exception as error:
+            except Exception as error:  # of a class of its own, or an OSError
                 raise UserError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
             self.files.update((key, file) for key in file.keys())
 
@@ -157,6 +213,10 @@ class SafeTensors(Mapping):
         """The shape alone, from the file's header."""
         return self.files[key].get_slice(key).get_shape()
 
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype alone."""
+        return SAFETENSORS_DTYPES[self.files[key].get_slice(key).get_dtype()]
+
 
 def shape_of(source: Mapping[str, Tensor], key: str) -> list[int]:
     """A tensor's shape, without reading it where that is possible."""
@@ -164,12 +224,17 @@ def shape_of(source: Mapping[str, Tensor], key: str) -> list[int]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that hold its tensors: one, or the shards that the index names."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+    """The files of a checkpoint folder that hold its tensors: one, or the shards that the index names; no pickles where
+    there is something safer."""
+    single = ("model.safetensors", "pytorch_model.bin")
+    indices = [folder / f"{name}.index.json" for name in single]
+    index = next((path for path in indices if path.exists() and not (folder / single[0]).exists()), None)
+    if index:
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{index} names a file outside of {folder}, {outside[0]}: fetch it again")
     else:
-        names = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()][:1]
+        names = [name for name in single if (folder / name).exists()][:1]
     missing = [name for name in names if not (folder / name).exists()]
     if missing or not names:
         got = f"{folder} lacks {', '.join(missing)}" if missing else f"{folder} has no weights"
@@ -178,16 +243,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_tensors(paths: list[Path]) -> Mapping[str, Tensor]:
-    """Tensors by key from safetensors files, or from one pickle of PyTorch (read with weights_only=True)."""
+    """Tensors by key from safetensors files, or from pickles of PyTorch (read with weights_only=True)."""
     if paths[0].suffix == ".safetensors":
         return SafeTensors(paths)
-    try:
-        mapped = zipfile.is_zipfile(paths[0])  # older pickles are read whole
-        content = torch.load(paths[0], map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
-        raise UserError(f"{paths[0]} cannot be read as PyTorch weights ({str(error).splitlines()[0]})") from None
-    content = content.get("model", content)  # LAVIS wraps its state dict
-    return {key: tensor for key, tensor in content.items() if isinstance(tensor, Tensor)}
+    tensors = {}
+    for path in paths:
+        try:
+            mapped = zipfile.is_zipfile(path)  # older pickles are read whole
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} cannot be read as PyTorch weights ({why})") from None
+        content = content.get("model", content) if isinstance(content, dict) else None  # LAVIS wraps its state dict
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds no state dict: expected tensors by name")
+        tensors |= {key: tensor for key, tensor in content.items() if isinstance(tensor, Tensor)}
+    return tensors
 
 
 def sha256(paths: list[Path]) -> str:
@@ -199,407 +270,6 @@ def sha256(paths: list[Path]) -> str:
                 digest.update(block)
     return digest.hexdigest()
 
-
-# --- transforms ------------------------------------------------------------------------------------------------------
-
-
-def join(*tensors: Tensor) -> Tensor:
-    """q, k, v -> one Linear."""
-    return torch.cat(tensors)
-
-
-def query_third(bias: Tensor) -> Tensor:
-    """The query's part of a fused qkv bias."""
-    return bias.chunk(3)[0]
-
-
-def value_third(bias: Tensor) -> Tensor:
-    """The value's part of a fused qkv bias."""
-    return bias.chunk(3)[2]
-
-
-def key_third(bias: Tensor) -> Tensor:
-    """The key's part of a fused qkv bias."""
-    return bias.chunk(3)[1]
-
-
-def fold_scale(tensor: Tensor, scale: Tensor) -> Tensor:
-    """DINOv2's LayerScale is a factor per output of the Linear before it: multiply it into weight or bias."""
-    return tensor * scale.view(-1, *[1] * (tensor.dim() - 1))
-
-
-def lead_1_1(tensor: Tensor) -> Tensor:
-    """(V,) -> (1, 1, V)."""
-    return tensor.view(1, 1, -1)
-
-
-def lead_1(tensor: Tensor) -> Tensor:
-    """(P, V) -> (1, P, V)."""
-    return tensor[None]
-
-
-def add_type_0(positions: Tensor, types: Tensor) -> Tensor:
-    """BERT adds its token-type row 0 to every single text: put it into the positions (the original drops it)."""
-    return positions + types[0]
-
-
-def append_random_row(embedding: Tensor) -> Tensor:
-    """A row for [DEC] behind BERT's words."""
-    return torch.cat((embedding, torch.empty_like(embedding[:1]).normal_(0, 0.02)))
-
-
-def append_zero(bias: Tensor) -> Tensor:
-    """The output bias of [DEC]."""
-    return torch.cat((bias, torch.zeros_like(bias[:1])))
-
-
-def both(theirs: str, ours: str) -> list[Row]:
-    """Rows for the weight and the bias of a Linear or a norm."""
-    return [Row((f"{theirs}.{kind}",), f"{ours}.{kind}") for kind in ("weight", "bias")]
-
-
-def joined(theirs: str, parts: tuple[str, ...], ours: str) -> list[Row]:
-    """Rows for Linears that are apart there and one here: `{part}` in `theirs` stands for the parts."""
-    return [
-        Row(tuple(f"{theirs.replace('{part}', part)}.{kind}" for part in parts), f"{ours}.{kind}", join)
-        for kind in ("weight", "bias")
-    ]
-
-
-def under(prefix_theirs: str, prefix_ours: str, rows: list[Row]) -> list[Row]:
-    """The same rows, with both sides inside something."""
-    return [
-        Row(tuple(prefix_theirs + key for key in row.theirs), prefix_ours + row.ours, row.transform) for row in rows
-    ]
-
-
-# What undoes a transform: one of our tensors -> theirs, in the order of the row's keys. LayerScale stays folded in.
-INVERSES = {
-    join: lambda tensor, keys: tensor.chunk(keys),
-    fold_scale: lambda tensor, keys: (tensor, torch.ones_like(tensor[(slice(None), *[0] * (tensor.dim() - 1))])),
-    lead_1_1: lambda tensor, keys: (tensor.view(-1),),
-    lead_1: lambda tensor, keys: (tensor[0],),
-    add_type_0: lambda tensor, keys: (tensor, torch.zeros(2, tensor.shape[1])),
-    append_random_row: lambda tensor, keys: (tensor[:-1],),
-    append_zero: lambda tensor, keys: (tensor[:-1],),
-    as_it_is: lambda tensor, keys: (tensor,),
-}
-
-
-def unload(source: nn.Module, table: Table) -> dict[str, Tensor]:
-    """The other way: the parameters that `table` has a place for, under their keys. The first row of a key counts."""
-    theirs: dict[str, Tensor] = {}
-    for ours, parameter in source.named_parameters():
-        for row, keys in rows_for(table, ours):
-            tensors = INVERSES[row.transform](parameter.detach(), len(keys))
-            theirs |= {key: tensor.contiguous() for key, tensor in zip(keys, tensors, strict=True)}
-            break
-    return theirs
-
-
-# --- the tables: image encoders --------------------------------------------------------------------------------------
-
-QKV = ("q", "k", "v")
-
-EVA_ROWS = [
-    Row(("cls_token",), "cls_token"),
-    Row(("pos_embed",), "pos_embed"),
-    *both("patch_embed.proj", "patch_embed"),
-    *both("blocks.{}.norm1", "blocks.{}.ln_1"),
-    Row(("blocks.{}.attn.qkv.weight",), "blocks.{}.attn.qkv.weight"),
-    Row(("blocks.{}.attn.q_bias",), "blocks.{}.attn.q_bias"),
-    Row(("blocks.{}.attn.v_bias",), "blocks.{}.attn.v_bias"),
-    *both("blocks.{}.attn.proj", "blocks.{}.attn.proj"),
-    *both("blocks.{}.norm2", "blocks.{}.ln_2"),
-    *both("blocks.{}.mlp.fc1", "blocks.{}.fc1"),
-    *both("blocks.{}.mlp.fc2", "blocks.{}.fc2"),
-]
-EVA = Table(EVA_ROWS, ignored={r"(norm|fc_norm|head)\..*": "the final norm and head, unused", "mask_token": "unused"})
-
-# CLIP's visual tower as LAVIS's clip_vit_L.pth has it.
-CLIP_BARE_ROWS = [
-    Row(("class_embedding",), "cls_token", lead_1_1),
-    Row(("positional_embedding",), "pos_embed", lead_1),
-    Row(("conv1.weight",), "patch_embed.weight"),
-    *both("ln_pre", "ln_pre"),
-    *both("transformer.resblocks.{}.ln_1", "blocks.{}.ln_1"),
-    Row(("transformer.resblocks.{}.attn.in_proj_weight",), "blocks.{}.attn.qkv.weight"),
-    Row(("transformer.resblocks.{}.attn.in_proj_bias",), "blocks.{}.attn.q_bias", query_third),
-    Row(("transformer.resblocks.{}.attn.in_proj_bias",), "blocks.{}.attn.k_bias", key_third),
-    Row(("transformer.resblocks.{}.attn.in_proj_bias",), "blocks.{}.attn.v_bias", value_third),
-    *both("transformer.resblocks.{}.attn.out_proj", "blocks.{}.attn.proj"),
-    *both("transformer.resblocks.{}.ln_2", "blocks.{}.ln_2"),
-    *both("transformer.resblocks.{}.mlp.c_fc", "blocks.{}.fc1"),
-    *both("transformer.resblocks.{}.mlp.c_proj", "blocks.{}.fc2"),
-]
-CLIP_BARE = Table(CLIP_BARE_ROWS, ignored={r"ln_post\..*|proj": "the final norm and projection, unused"})
-
-CLIP = Table(
-    [
-        Row(("embeddings.class_embedding",), "cls_token", lead_1_1),
-        Row(("embeddings.position_embedding.weight",), "pos_embed", lead_1),
-        Row(("embeddings.patch_embedding.weight",), "patch_embed.weight"),
-        *both("pre_layrnorm", "ln_pre"),  # the typing error is transformers' own
-        *both("encoder.layers.{}.layer_norm1", "blocks.{}.ln_1"),
-        Row(
-            tuple("encoder.layers.{}.self_attn." + part + "_proj.weight" for part in QKV),
-            "blocks.{}.attn.qkv.weight",
-            join,
-        ),
-        *(Row(("encoder.layers.{}.self_attn." + p + "_proj.bias",), "blocks.{}.attn." + p + "_bias") for p in QKV),
-        *both("encoder.layers.{}.self_attn.out_proj", "blocks.{}.attn.proj"),
-        *both("encoder.layers.{}.layer_norm2", "blocks.{}.ln_2"),
-        *both("encoder.layers.{}.mlp.fc1", "blocks.{}.fc1"),
-        *both("encoder.layers.{}.mlp.fc2", "blocks.{}.fc2"),
-    ],
-    ignored={
-        r"post_layernorm\..*": "the final norm, unused",
-        r"text_model\..*|text_projection\..*|visual_projection\..*|logit_scale": "CLIP's text side and projections",
-        r".*position_ids": "a buffer that counts 0, 1, 2, ...",
-    },
-    renames={r"^vision_model\.": ""},
-)
-
-DINOV2 = Table(
-    [
-        Row(("embeddings.cls_token",), "cls_token"),
-        Row(("embeddings.position_embeddings",), "pos_embed"),
-        *both("embeddings.patch_embeddings.projection", "patch_embed"),
-        *both("encoder.layer.{}.norm1", "blocks.{}.ln_1"),
-        Row(
-            tuple("encoder.layer.{}.attention.attention." + part + ".weight" for part in ("query", "key", "value")),
-            "blocks.{}.attn.qkv.weight",
-            join,
-        ),
-        *(
-            Row(("encoder.layer.{}.attention.attention." + theirs + ".bias",), "blocks.{}.attn." + ours + "_bias")
-            for theirs, ours in zip(("query", "key", "value"), QKV)
-        ),
-        *(
-            Row(("encoder.layer.{}." + theirs, "encoder.layer.{}." + scale), "blocks.{}." + ours, fold_scale)
-            for theirs, scale, ours in (
-                ("attention.output.dense.weight", "layer_scale1.lambda1", "attn.proj.weight"),
-                ("attention.output.dense.bias", "layer_scale1.lambda1", "attn.proj.bias"),
-                ("mlp.fc2.weight", "layer_scale2.lambda1", "fc2.weight"),
-                ("mlp.fc2.bias", "layer_scale2.lambda1", "fc2.bias"),
-            )
-        ),
-        *both("encoder.layer.{}.norm2", "blocks.{}.ln_2"),
-        *both("encoder.layer.{}.mlp.fc1", "blocks.{}.fc1"),
-    ],
-    ignored={
-        r"layernorm\..*": "the final norm, unused",
-        "embeddings.mask_token": "used in DINOv2's own training only",
-    },
-    renames={r"^dinov2\.": ""},
-)
-
-# The encoder inside transformers' BLIP-2 (EVA-CLIP without its last block; the key's third of the bias is zero).
-HF_BLIP2_VIT = Table(
-    [
-        Row(("embeddings.class_embedding",), "cls_token"),
-        Row(("embeddings.position_embedding",), "pos_embed"),
-        *both("embeddings.patch_embedding", "patch_embed"),
-        *both("encoder.layers.{}.layer_norm1", "blocks.{}.ln_1"),
-        Row(("encoder.layers.{}.self_attn.qkv.weight",), "blocks.{}.attn.qkv.weight"),
-        Row(("encoder.layers.{}.self_attn.qkv.bias",), "blocks.{}.attn.q_bias", query_third),
-        Row(("encoder.layers.{}.self_attn.qkv.bias",), "blocks.{}.attn.v_bias", value_third),
-        *both("encoder.layers.{}.self_attn.projection", "blocks.{}.attn.proj"),
-        *both("encoder.layers.{}.layer_norm2", "blocks.{}.ln_2"),
-        *both("encoder.layers.{}.mlp.fc1", "blocks.{}.fc1"),
-        *both("encoder.layers.{}.mlp.fc2", "blocks.{}.fc2"),
-    ],
-    ignored={
-        r"post_layernorm\..*": "that model's ln_vision",
-        r"(query_tokens|qformer|language_(model|projection)|embeddings\.(word|position)_embeddings|(vision|text)_projection"
-        r"|itm_head)(\..*)?": "the other parts of that model",
-    },
-    renames={r"^vision_model\.": ""},
-)
-
-
-# --- the tables: text and the Q-Former -------------------------------------------------------------------------------
-
-BERT_PARTS = ("query", "key", "value")
-
-
-def bert_block(theirs: str, attention: str, cross: bool) -> list[Row]:
-    """Rows of one Q-Former block in BERT's names; `attention` is "self" (BERT, LAVIS) or "attention" (transformers)."""
-    rows = [
-        *joined(theirs + ".attention." + attention + ".{part}", BERT_PARTS, "blocks.{}.attn.qkv"),
-        *both(theirs + ".attention.output.dense", "blocks.{}.attn.proj"),
-        *both(theirs + ".attention.output.LayerNorm", "blocks.{}.attn.ln"),
-        *both(theirs + ".intermediate.dense", "blocks.{}.ffn_text.up"),
-        *both(theirs + ".output.dense", "blocks.{}.ffn_text.down"),
-        *both(theirs + ".output.LayerNorm", "blocks.{}.ffn_text.ln"),
-    ]
-    if cross:
-        rows += [
-            *both(theirs + ".crossattention." + attention + ".query", "blocks.{}.cross.q"),
-            *joined(theirs + ".crossattention." + attention + ".{part}", BERT_PARTS[1:], "blocks.{}.cross.kv"),
-            *both(theirs + ".crossattention.output.dense", "blocks.{}.cross.proj"),
-            *both(theirs + ".crossattention.output.LayerNorm", "blocks.{}.cross.ln"),
-            *both(theirs + ".intermediate_query.dense", "blocks.{}.ffn_query.up"),
-            *both(theirs + ".output_query.dense", "blocks.{}.ffn_query.down"),
-            *both(theirs + ".output_query.LayerNorm", "blocks.{}.ffn_query.ln"),
-        ]
-    return rows
-
-
-BERT = Table(
-    [
-        Row(("embeddings.word_embeddings.weight",), "word_embedding.weight", append_random_row),
-        Row(
-            ("embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"),
-            "position_embedding.weight",
-            add_type_0,
-        ),
-        *both("embeddings.LayerNorm", "embedding_ln"),
-        *bert_block("encoder.layer.{}", "self", cross=False),
-        *both("cls.predictions.transform.dense", "lm_head.dense"),
-        *both("cls.predictions.transform.LayerNorm", "lm_head.ln"),
-        Row(("cls.predictions.bias",), "lm_head.bias", append_zero),
-    ],
-    ignored={
-        r"pooler\..*|cls\.seq_relationship\..*": "BERT's next-sentence head",
-        r"cls\.predictions\.decoder\..*": "tied to the word embeddings",
-        r".*position_ids": "a buffer that counts 0, 1, 2, ...",
-    },
-    fresh={
-        "queries": "the queries, drawn at random",
-        r"blocks\.\d+\.cross\..*": "cross-attention, drawn at random",
-        r"blocks\.\d+\.ffn_query\..*": "the queries' feed-forward, copied from the text's",
-        r"lm_head\..*": "LM head, which this checkpoint lacks",
-    },
-    # bert-base-uncased still has the names of 2018.
-    renames={r"^bert\.": "", r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
-)
-
-LAVIS_QFORMER_ROWS = [
-    Row(("query_tokens",), "qformer.queries"),
-    *under(
-        "Qformer.",
-        "qformer.",
-        [
-            Row(("bert.embeddings.word_embeddings.weight",), "word_embedding.weight"),
-            Row(("bert.embeddings.position_embeddings.weight",), "position_embedding.weight"),
-            *both("bert.embeddings.LayerNorm", "embedding_ln"),
-            *bert_block("bert.encoder.layer.{}", "self", cross=True),
-            *both("cls.predictions.transform.dense", "lm_head.dense"),
-            *both("cls.predictions.transform.LayerNorm", "lm_head.ln"),
-            Row(("cls.predictions.bias",), "lm_head.bias"),
-        ],
-    ),
-]
-
-# A stage-1 checkpoint of the original. Only the fine-tuned ones hold their ViT; the others rely on its own file.
-LAVIS_STAGE1 = Table(
-    [
-        *LAVIS_QFORMER_ROWS,
-        *both("ln_vision", "ln_vision"),
-        *both("vision_proj", "vision_proj"),
-        *both("text_proj", "text_proj"),
-        *both("itm_head", "itm_head"),
-        Row(("temp",), "temperature"),
-        *under("visual_encoder.", "vit.", EVA_ROWS),
-        *under("visual_encoder.", "vit.", CLIP_BARE_ROWS),
-    ],
-    ignored={
-        r"Qformer\.cls\.predictions\.decoder\..*": "tied to the word embeddings and to the bias",
-        r"Qformer\.bert\.embeddings\.position_ids": "a buffer that counts 0, 1, 2, ...",
-    },
-    fresh={r"vit\..*": "the frozen ViT, from its own file"},
-)
-
-# transformers' Blip2QFormerModel, with the embeddings that its retrieval class keeps beside it.
-HF_QFORMER = Table(
-    [
-        *both("layernorm", "embedding_ln"),
-        *bert_block("encoder.layer.{}", "attention", cross=True),
-    ],
-    fresh={
-        r"queries|(word|position)_embedding\.weight": "kept outside of this class there",
-        r"lm_head\..*": "dropped when the public files were converted",
-    },
-)
-
-# --- the tables: language models -------------------------------------------------------------------------------------
-
-OPT_TABLE = Table(
-    [
-        Row(("embed_tokens.weight",), "word_embedding.weight"),
-        Row(("embed_positions.weight",), "position_embedding.weight"),
-        Row(("project_in.weight",), "project_in.weight"),
-        Row(("project_out.weight",), "project_out.weight"),
-        *joined("layers.{}.self_attn.{part}_proj", QKV, "blocks.{}.qkv"),
-        *both("layers.{}.self_attn.out_proj", "blocks.{}.proj"),
-        *both("layers.{}.self_attn_layer_norm", "blocks.{}.ln_1"),
-        *both("layers.{}.final_layer_norm", "blocks.{}.ln_2"),
-        *both("layers.{}.fc1", "blocks.{}.fc1"),
-        *both("layers.{}.fc2", "blocks.{}.fc2"),
-        *both("final_layer_norm", "ln_final"),
-    ],
-    ignored={r"lm_head\.weight": "tied to the word embeddings"},
-    renames={r"^(model\.)?decoder\.": ""},
-)
-
-
-def t5_stack(theirs: str, feed_forward: int) -> list[Row]:
-    """Rows of T5's encoder or decoder, whose feed-forward is the layer of that number in each of their blocks."""
-    block, ffn = theirs + ".block.{}.layer.", f"{theirs}.block.{{}}.layer.{feed_forward}"
-    rows = [
-        Row((f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",), "position_bias.weight"),
-        Row((f"{theirs}.final_layer_norm.weight",), "ln_final.weight"),
-        Row((block + "0.layer_norm.weight",), "blocks.{}.ln_1.weight"),
-        Row((ffn + ".layer_norm.weight",), "blocks.{}.ln_2.weight"),
-        Row((ffn + ".DenseReluDense.wi_0.weight",), "blocks.{}.gate.weight"),
-        Row((ffn + ".DenseReluDense.wi_1.weight",), "blocks.{}.up.weight"),
-        Row((ffn + ".DenseReluDense.wo.weight",), "blocks.{}.down.weight"),
-        Row((block + "1.layer_norm.weight",), "blocks.{}.ln_cross.weight"),
-    ]
-    for attention, ours in (("0.SelfAttention", "attn"), ("1.EncDecAttention", "cross")):
-        rows += [
-            Row((block + attention + ".q.weight",), f"blocks.{{}}.{ours}.q.weight"),
-            Row(
-                (block + attention + ".k.weight", block + attention + ".v.weight"),
-                f"blocks.{{}}.{ours}.kv.weight",
-                join,
-            ),
-            Row((block + attention + ".o.weight",), f"blocks.{{}}.{ours}.proj.weight"),
-        ]
-    return rows
-
-
-T5_TABLE = Table(
-    [
-        Row(("shared.weight",), "word_embedding.weight"),
-        Row(("lm_head.weight",), "lm_head.weight"),
-        Row(("shared.weight",), "lm_head.weight"),  # a file without a head has it tied
-        *under("", "encoder.", t5_stack("encoder", 1)),
-        *under("", "decoder.", t5_stack("decoder", 2)),
-    ],
-    ignored={
-        r"(encoder|decoder)\.embed_tokens\.weight": "tied to the word embeddings",
-        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight": "unused there too",
-    },
-)
-
-# What transformers' Blip2ForConditionalGeneration holds beside its encoder and its language model.
-HF_BLIP2 = Table(
-    [
-        Row(("query_tokens",), "qformer.queries"),
-        *under("qformer.", "qformer.", HF_QFORMER.rows),
-        *both("vision_model.post_layernorm", "ln_vision"),
-        *both("language_projection", "llm_proj"),
-    ],
-    ignored={r"vision_model\..*|language_model\..*": "the frozen parts"},
-    fresh={
-        r"vit\..*|llm\..*": "the frozen parts",
-        r"qformer\.((word|position)_embedding\.weight|blocks\.\d+\.ffn_text\..*|lm_head\..*)": "the text branch, which "
-        "stage-2 checkpoints lack",
-        r"(vision_proj|text_proj|itm_head)\..*|temperature": "heads of stage 1",
-    },
-)
 
 # --- building the parts ----------------------------------------------------------------------------------------------
 
@@ -665,11 +335,14 @@ def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
     return replace(cfg, mean=tuple(mean), std=tuple(std)), table
 
 
-def load_vit(spec: str, last_block: bool = False) -> tuple[ViT, str, list[Path]]:
+def load_vit(
+    spec: str, last_block: bool = False, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[ViT, str, list[Path]]:
     """The encoder that `--vit` names -> the ViT, the account of its loading, and the files it came from.
 
     spec: a folder as a hub serves it; "eva-g" or "clip-l" for that architecture with random weights; or
-    "eva-g:eva_vit_g.pth" for a bare file. The last published block is left out (paper 3.4) unless `last_block`.
+    "eva-g:eva_vit_g.pth" for a bare file, or one of LAVIS that holds a fine-tuned ViT. The last published block is left
+    out (paper 3.4) unless `last_block`.
     """
     name, _, file = spec.partition(":")
     if name in PRESETS and not Path(name).is_dir():
@@ -683,15 +356,21 @@ def load_vit(spec: str, last_block: bool = False) -> tuple[ViT, str, list[Path]]
         raise UserError(
             f"--vit {spec} does not exist: expected a folder, or a name ({', '.join(PRESETS)}) for random weights"
         )
-    vit = ViT(replace(cfg, depth=depth if last_block else depth - 1))
+    cfg = replace(cfg, depth=depth if last_block else depth - 1)
     if not paths:
-        return vit, f"vit {name}: RANDOM WEIGHTS, for dry runs and benchmarks only", paths
+        random = ViT(cfg).to(dtype)
+        return random, f"vit {name}: RANDOM WEIGHTS, for dry runs and benchmarks only", paths
     if not paths[0].exists():
         raise UserError(f"{paths[0]} does not exist: expected the weights of {name}")
     if not last_block:
         last = rf".*(blocks|resblocks|layers?)\.{depth - 1}\..*"
         table = replace(table, ignored={last: "the last block, dropped (paper 3.4)", **table.ignored})
-    return vit, load(vit, open_tensors(paths), table, f"vit {spec}"), paths
+    tensors = open_tensors(paths)
+    if any(key.startswith("visual_encoder.") for key in tensors):
+        cfg, table = lavis_vit_config(name, tensors), LAVIS_VITS[name]
+    with torch.device("meta"):
+        vit = ViT(cfg)
+    return vit, load(vit, tensors, table, f"vit {spec}", dtype, device), paths
 
 
 def bert_config(folder: Path) -> dict:
@@ -729,11 +408,11 @@ def load_bert(folder: str, **overrides) -> tuple[QFormer, str, list[Path]]:
     return qformer, account, paths
 
 
-def hf_qformer_config(config: dict) -> QFormerConfig:
+def hf_qformer_config(config: dict, retrieval: bool) -> QFormerConfig:
     """The Q-Former of a transformers BLIP-2, from its config.json."""
     q = config["qformer_config"]
     return QFormerConfig(
-        vocab_size=q.get("vocab_size", 30522) + 1,  # [DEC]
+        vocab_size=q.get("vocab_size", 30522) + (not retrieval),  # [DEC], which is counted where words are read
         width=q.get("hidden_size", 768),
         depth=q.get("num_hidden_layers", 12),
         heads=q.get("num_attention_heads", 12),
@@ -745,6 +424,40 @@ def hf_qformer_config(config: dict) -> QFormerConfig:
         dropout=q.get("hidden_dropout_prob", 0.1),
         eps=q.get("layer_norm_eps", 1e-12),
     )
+
+
+def lavis_kind(tensors: Mapping[str, Tensor]) -> tuple[bool, bool, str]:
+    """Whether a checkpoint of the original is of stage 2, whether it holds a fine-tuned ViT, and of which name its ViT
+    is, which the width of `ln_vision` tells."""
+    stage2 = "opt_proj.weight" in tensors or "t5_proj.weight" in tensors
+    clip = "ln_vision.weight" in tensors and len(tensors["ln_vision.weight"]) == PRESETS["clip-l"].width
+    return stage2, any(key.startswith("visual_encoder.") for key in tensors), "clip-l" if clip else "eva-g"
+
+
+def lavis_sizes(tensors: Mapping[str, Tensor]) -> dict:
+    """The fields of QFormerConfig that the shapes of such a checkpoint decide; its heads are BERT's, 64 wide."""
+    layer = "Qformer.bert.encoder.layer."
+    blocks = {int(key[len(layer) :].split(".")[0]) for key in tensors if key.startswith(layer)}
+    cross = [block for block in sorted(blocks) if f"{layer}{block}.crossattention.self.query.weight" in tensors]
+    if not blocks or not cross or "query_tokens" not in tensors:
+        return {}  # the loader will list what is missing
+    _, queries, width = tensors["query_tokens"].shape
+    return dict(
+        width=width,
+        depth=len(blocks),
+        heads=max(1, width // 64),
+        mlp=len(tensors[f"{layer}0.intermediate_query.dense.weight"]),
+        num_queries=queries,
+        cross_every=cross[1] - cross[0] if len(cross) > 1 else len(blocks),
+    )
+
+
+def lavis_vit_config(name: str, tensors: Mapping[str, Tensor]) -> ViTConfig:
+    """The fine-tuned ViT inside such a checkpoint, of the architecture `name`, with its own depth and size."""
+    positions = [key for key in tensors if re.fullmatch(r"visual_encoder\.(pos_embed|positional_embedding)", key)]
+    grid = math.isqrt(shape_of(tensors, positions[0])[-2] - 1) if positions else 0
+    blocks = {found[1] for key in tensors if (found := re.search(r"^visual_encoder\..*blocks\.(\d+)\.", key))}
+    return replace(PRESETS[name], depth=len(blocks), image_size=max(1, grid) * PRESETS[name].patch_size)
 
 
 def llm_config(spec: str) -> tuple[OPTConfig | T5Config, Table]:
@@ -800,21 +513,357 @@ def llm_config(spec: str) -> tuple[OPTConfig | T5Config, Table]:
     raise UserError(f"{where} has model_type {kind!r}, expected a language model of a known type: opt, t5")
 
 
-def load_llm(spec: str) -> tuple[nn.Module, str, list[Path]]:
+def inside_blip2(table: Table) -> Table:
+    """The table of a language model that is a part of transformers' BLIP-2."""
+    others = {r"(vision_model|query_tokens|qformer|language_projection)(\..*)?": "the other parts of that model"}
+    return replace(table, ignored=others | table.ignored, renames={r"^language_model\.": ""} | table.renames)
+
+
+def check_llm_dtype(llm: nn.Module, dtype: torch.dtype | None, spec: str) -> None:
+    """Refuse T5 in fp16."""
+    if dtype == torch.float16 and not llm.fits_fp16:
+        raise UserError(f"got precision fp16 for {spec}, in which T5 overflows: pass bf16, or fp32")
+
+
+def load_llm(
+    spec: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", act: str | None = None
+) -> tuple[nn.Module, str, list[Path]]:
     """The language model that `--llm` names -> it, the account of its loading, and the files it came from.
 
     spec: a folder as a hub serves it, also one of a whole BLIP-2; or a name of `llm.PRESETS` for random weights.
     """
     cfg, table = llm_config(spec)
+    if act is not None:
+        cfg = replace(cfg, act=act)
+    with torch.device("meta"):
+        llm = build_llm(cfg)
+    check_llm_dtype(llm, dtype, spec)
     if not Path(spec).is_dir():
         llm = build_llm(cfg)
         llm.init_weights()
-        return llm, f"llm {spec}: RANDOM WEIGHTS, for dry runs and benchmarks only", []
-    with torch.device("meta"):
-        llm = build_llm(cfg)
-    llm, paths = llm.to_empty(device="cpu"), weight_files(Path(spec))
+        return llm.to(device, dtype), f"llm {spec}: RANDOM WEIGHTS, for dry runs and benchmarks only", []
+    paths = weight_files(Path(spec))
     source = open_tensors(paths)
-    if any(key.startswith("language_model.") for key in source):  # inside a BLIP-2
-        others = {r"(vision_model|query_tokens|qformer|language_projection)(\..*)?": "the other parts of that model"}
-        table = replace(table, ignored=others | table.ignored, renames={r"^language_model\.": ""} | table.renames)
-    return llm, load(llm, source, table, f"llm {spec}"), paths
+    if any(key.startswith("language_model.") for key in source):
+        table = inside_blip2(table)
+    return llm, load(llm, source, table, f"llm {spec}", dtype, device), paths
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+SHARD_BYTES = 2_000_000_000
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def export(model, form: str, out: Path, dtype: str) -> list[str]:
+    """Write a `Blip2` for transformers ("hf", a folder) or for the original code ("lavis", a .pth) -> what to know.
+
+    Raises UserError, with nothing written, for what the format cannot hold. `out` appears whole or not at all.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: pass another name, or remove it first")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: the folder {out.parent} does not exist, make it first")
+    for part in ("vit", "llm") if model.llm is not None else ("vit",):
+        if not model.sources.get(f"{part}_files"):
+            raise UserError(f"--{part} {model.sources[part]} has random weights, which are not worth exporting")
+    unfinished = out.with_name(out.name + ".part")
+    try:
+        notes = {"hf": export_hf, "lavis": export_lavis, "run": export_run}[form](model, unfinished, dtype)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+    return notes
+
+
+def export_run(model, folder: Path, dtype: str) -> list[str]:
+    """A run, from which training goes on; its frozen parts stay where they are."""
+    model.save_pretrained(folder, home=folder.with_suffix(""))
+    return [f"--vit {model.sources['vit']}"] + ([f"--llm {model.sources['llm']}"] if model.llm is not None else [])
+
+
+def left_behind(model: nn.Module, table: Table) -> list[str]:
+    """What a table has no place for, a sentence for each reason."""
+    lost: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        why = first_match(table.fresh, name)
+        if why and not name.startswith(("vit.", "llm.")):
+            lost.setdefault(why, []).append(name)
+    return [f"left behind, {len(names)} tensors: {why}" for why, names in lost.items()]
+
+
+def export_hf(model, folder: Path, dtype: str) -> list[str]:
+    """config.json, safetensors, tokenizer and processor files, as transformers' BLIP-2 classes read them."""
+    vit, retrieval, notes = model.vit.cfg, model.llm is None, []
+    if vit.ln_pre:
+        raise UserError(
+            f"{model.sources['vit']} has a norm in front of its blocks (CLIP), which transformers' BLIP-2 classes "
+            "lack: export with --format lavis"
+        )
+    if vit.eps != model.ln_vision.eps:
+        notes.append(
+            f"ln_vision has eps {model.ln_vision.eps:g} here and {vit.eps:g} there, where the ViT has only one: "
+            "outputs differ in their last digits, as those of the public conversions do"
+        )
+    table = HF_RETRIEVAL if retrieval else HF_BLIP2
+    notes += left_behind(model, table)
+    tensors, config, grid = unload(model, table, table.fresh), hf_config(model), model.image_size // vit.patch_size
+    vision = unload(model.vit, HF_BLIP2_VIT) | {"embeddings.position_embedding": model.vit.positions(grid, grid)}
+    tensors |= {f"vision_model.{key}": tensor.detach() for key, tensor in vision.items()}
+    folder.mkdir()
+    if retrieval:
+        tokenizer, special = model.texts.tokenizer, {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    else:
+        tokenizer, special = model.llm_texts.hf_tokenizer()
+        image_token = tokenizer.token_to_id("<image>")
+        words = max(model.llm.cfg.vocab_size, image_token + 1)
+        text = read_json(Path(model.sources["llm"]) / "config.json")
+        text = text.get("text_config", text)  # of a whole BLIP-2
+        ends = {"eos_token_id": model.llm_texts.end_id, "pad_token_id": model.llm_texts.pad_id}
+        starts = {key: text[key] for key in ("bos_token_id", "decoder_start_token_id") if text.get(key) is not None}
+        act = {"dense_act_fn": model.llm.cfg.act} if isinstance(model.llm.cfg, T5Config) else {}
+        text |= ends | act | {"vocab_size": words, "dtype": TORCH_NAMES[dtype]}
+        config |= {"image_token_index": image_token, "text_config": text}
+        tensors |= {f"language_model.{key}": tensor for key, tensor in unload_llm(model.llm, words).items()}
+        write_json(folder / "generation_config.json", ends | starts)
+    write_shards(folder, tensors, getattr(torch, TORCH_NAMES[dtype]))
+    write_json(folder / "config.json", config | {"dtype": TORCH_NAMES[dtype]})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(folder / "tokenizer_config.json", special | kind)
+    picture = {
+        "image_processor_type": "BlipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": model.image_size, "width": model.image_size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": vit.mean,
+        "image_std": vit.std,
+    }
+    write_json(folder / "preprocessor_config.json", picture)
+    queries = {} if retrieval else {"num_query_tokens": model.qformer.cfg.num_queries}
+    write_json(folder / "processor_config.json", {"processor_class": "Blip2Processor"} | queries)
+    return notes
+
+
+def hf_config(model) -> dict:
+    """What transformers' Blip2Config says of all but the language model. The ViT's table of positions is written for
+    the size of picture that the model takes."""
+    vit, q, retrieval = model.vit.cfg, model.qformer.cfg, model.llm is None
+    return {
+        "architectures": ["Blip2ForImageTextRetrieval" if retrieval else "Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        "num_query_tokens": q.num_queries,
+        "image_text_hidden_size": model.embed_dim,
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "blip_2_vision_model",
+            "hidden_size": vit.width,
+            "intermediate_size": vit.mlp,
+            "num_hidden_layers": vit.depth,
+            "num_attention_heads": vit.heads,
+            "patch_size": vit.patch_size,
+            "image_size": model.image_size,
+            "hidden_act": vit.act,
+            "layer_norm_eps": vit.eps,
+        },
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            "vocab_size": q.vocab_size - (not retrieval),
+            "hidden_size": q.width,
+            "num_hidden_layers": q.depth,
+            "num_attention_heads": q.heads,
+            "intermediate_size": q.mlp,
+            "hidden_dropout_prob": q.dropout,
+            "attention_probs_dropout_prob": q.dropout,
+            "max_position_embeddings": q.max_positions,
+            "layer_norm_eps": q.eps,
+            "cross_attention_frequency": q.cross_every,
+            "encoder_hidden_size": vit.width,
+            "use_qformer_text_input": retrieval,
+        },
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Readable, with a line end."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def unload_llm(llm: nn.Module, words: int) -> dict[str, Tensor]:
+    """A language model under its public keys, with as many words; those that are added (for an image) are zero."""
+    opt = isinstance(llm.cfg, OPTConfig)
+    tensors = unload(llm, OPT_TABLE if opt else T5_TABLE)
+    for key in ("embed_tokens.weight", "shared.weight", "lm_head.weight"):
+        if key in tensors:
+            tensors[key] = nn.functional.pad(tensors[key], (0, 0, 0, words - len(tensors[key])))
+    return {f"model.decoder.{key}": tensor for key, tensor in tensors.items()} if opt else tensors
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """model.safetensors, or shards and their index."""
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for key, tensor in tensors.items():
+        count = tensor.numel() * dtype.itemsize
+        if shards[-1] and size + count > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size, total = size + count, total + count
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+        weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    for name, keys in zip(names, shards):
+        save_file({key: tensors[key].to(dtype).contiguous() for key in keys}, folder / name, {"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors lets only the owner read its files
+
+
+def export_lavis(model, path: Path, dtype: str) -> list[str]:
+    """{"model": state dict} under the original's names. A ViT from the original's own file stays out, as there."""
+    vit, notes = model.vit.cfg, []
+    kind = "clip-l" if vit.ln_pre else "eva-g"
+    if vit.key_bias != vit.ln_pre:  # EVA has no key bias, CLIP has one
+        raise UserError(
+            f"{model.sources['vit']} is neither an EVA-CLIP nor a CLIP encoder, and LAVIS knows no other: "
+            "export with --format hf"
+        )
+    if model.sources.get("last_block"):
+        raise UserError("the run keeps the last block of its ViT, which LAVIS never builds: export with --format hf")
+    q = model.qformer.cfg
+    if (q.width, q.depth, q.cross_every) != (768, 12, 2):
+        notes.append(
+            f"a Q-Former of {q.depth} blocks of width {q.width}, cross-attention in every {q.cross_every}: LAVIS "
+            "builds 12 of 768 with cross-attention in every 2, and has to be changed to read it"
+        )
+    if model.ln_vision.eps != 1e-5:
+        notes.append(f"ln_vision has eps {model.ln_vision.eps:g} here and 1e-05 there: the last digits differ")
+    if model.llm is not None and getattr(model.llm.cfg, "act", "gelu") != "gelu":
+        notes.append("T5's GELU is by tanh here; LAVIS puts the one by erf in its place: answers may differ")
+    table = LAVIS_STAGE1
+    if model.llm is not None:
+        proj = "opt_proj" if isinstance(model.llm.cfg, OPTConfig) else "t5_proj"
+        rows = [row for row in LAVIS_STAGE2.rows if row.ours.split(".")[0] != "llm_proj"]
+        table = replace(LAVIS_STAGE2, rows=rows + both(proj, "llm_proj"))
+    notes += left_behind(model, table)
+    tensors = unload(model, table, table.fresh)
+    positions = torch.arange(model.qformer.cfg.max_positions)[None]
+    if model.llm is None:
+        head = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}
+        tensors |= {f"Qformer.cls.predictions.decoder.{k}": tensors[f"Qformer.{tied}"] for k, tied in head.items()}
+    bare = model.sources["vit"].partition(":")[0] in PRESETS and not holds_vit(model.sources["vit_files"])
+    if not bare:  # it may be fine-tuned
+        tensors |= unload(model.vit, LAVIS_VITS[kind])
+    else:
+        notes.append(f"without its ViT, which LAVIS reads from its own file ({model.sources['vit']})")
+    tensors = {key: tensor.to(getattr(torch, TORCH_NAMES[dtype])).clone() for key, tensor in tensors.items()}
+    torch.save({"model": tensors | {"Qformer.bert.embeddings.position_ids": positions}}, path)
+    return notes
+
+
+def holds_vit(files: list[Path]) -> bool:
+    """Whether a ViT came from a checkpoint of LAVIS with which it was fine-tuned."""
+    return any(key.startswith("visual_encoder.") for key in open_tensors(files))
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+# Beginnings of keys -> what they are, in the order in which they are tried.
+PARTS = {
+    "run": {"qformer.": "Q-Former", "llm_proj.": "projection to the language model", "": "heads of stage 1"},
+    "blip-2": {
+        "vision_model.": "ViT",
+        "language_model.": "language model",
+        "language_projection.": "projection to the language model",
+        **dict.fromkeys(("qformer.", "query_tokens", "embeddings."), "Q-Former"),
+        "": "heads of stage 1",
+    },
+    "lavis": {
+        "visual_encoder.": "ViT",
+        **dict.fromkeys(("Qformer.", "query_tokens"), "Q-Former"),
+        **dict.fromkeys(("opt_proj.", "t5_proj."), "projection to the language model"),
+        "": "heads of stage 1",
+    },
+}
+
+
+def inspect(path: Path) -> str:
+    """What a checkpoint is, its parts with their parameters and dtypes, as a text; no tensor is read."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: expected a checkpoint folder or file")
+    config = read_json(path / "config.json") if path.is_dir() else {}
+    files = weight_files(path) if path.is_dir() else [path]
+    tensors, lines = open_tensors(files), []
+    kind = config.get("model_type")
+    if config.get("model") == "blip2":
+        kind = "run"
+        lines.append(f"{path}: a run of this code, stage {2 if config.get('llm') else 1}, {config['image_size']} px")
+        lines += [f"  --{part} {config[part]}" for part in ("vit", "llm") if config.get(part)]
+    elif kind == "blip-2":
+        stage2 = any(key.startswith("language_model.") for key in tensors)
+        text = f"with {config.get('text_config', {}).get('model_type', 'opt')}" if stage2 else "for retrieval"
+        lines.append(f"{path}: a BLIP-2 of transformers {text}")
+        lines += [] if stage2 else ["  lacks ITC's temperature and ITG's head"]
+        lines += ["  lacks the text branch of the Q-Former"] if stage2 else []
+    elif kind is not None:
+        lines.append(f"{path}: {kind}")
+    elif any(key.startswith(("Qformer.", "query_tokens")) for key in tensors):
+        kind, (stage2, vit, _) = "lavis", lavis_kind(tensors)
+        lines.append(
+            f"{path}: a checkpoint of LAVIS, stage {2 if stage2 else 1}, {'with its' if vit else 'without a'} ViT"
+        )
+        lines += ["  lacks the text branch of the Q-Former and the language model"] if stage2 else []
+    else:
+        lines.append(f"{path}: tensors without a config.json")
+    found: dict[str, Counter] = {}
+    for key in tensors:
+        prefixes = PARTS.get(kind, {"": kind or "all"})
+        name = next(name for prefix, name in prefixes.items() if key.startswith(prefix))
+        dtype, count = dtype_of(tensors, key), math.prod(shape_of(tensors, key))
+        part = found.setdefault(name, Counter())
+        part.update({"tensors": 1, "parameters": count, "bytes": count * dtype.itemsize, str(dtype)[6:]: 0})
+    lines.append(f"{'part':34}{'tensors':>9}{'parameters':>16}{'GB':>9}  dtype")
+    for name, part in sorted(found.items(), key=lambda item: -item[1]["parameters"]):
+        dtypes = ", ".join(sorted(part.keys() - {"tensors", "parameters", "bytes"}))
+        lines.append(f"{name:34}{part['tensors']:9,}{part['parameters']:16,}{part['bytes'] / 1e9:9.3f}  {dtypes}")
+    return "\n".join(lines)
+
+
+def dtype_of(source: Mapping[str, Tensor], key: str) -> torch.dtype:
+    """A tensor's dtype, without reading it where that is possible."""
+    return source.dtype(key) if isinstance(source, SafeTensors) else source[key].dtype
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("inspect", help="what a checkpoint is, without loading it")
+    look.add_argument("checkpoint", type=Path)
+    give = commands.add_parser("export", help="write a model for transformers or for the original code")
+    give.add_argument("run", help="a run, or a public checkpoint")
+    give.add_argument("out", type=Path, help="a folder (hf, run) or a .pth file (lavis), which does not exist yet")
+    give.add_argument("--format", required=True, choices=("hf", "lavis", "run"))
+    give.add_argument("--dtype", default="fp32", choices=TORCH_NAMES)
+    for part in ("vit", "bert", "llm"):
+        give.add_argument(f"--{part}", help="that part, if it is not where the run says")
+    args = parser.parse_args(argv)
+    if args.command == "inspect":
+        print(inspect(args.checkpoint))
+        return
+    from blip2 import Blip2  # which imports this module
+
+    model = Blip2.from_pretrained(args.run, args.vit, args.bert, args.llm, precision=args.dtype)
+    print(*export(model, args.format, args.out, args.dtype), f"wrote {args.out}", sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(say_sentence(main))

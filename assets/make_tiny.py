@@ -40,12 +40,13 @@ sys.path.insert(0, str(HERE.parent))  # the files are used in place
 import shapes
 from blip2 import choose_precision
 from data import LLMTexts, Texts, ask_in, clean_caption, cut_in_two, eval_transform, pad
+from formats import BERT, DINOV2, OPT_TABLE, T5_TABLE
 from llm import OPT, T5, OPTConfig, T5Config, build_llm
 from losses import lm_loss
 from qformer import QFormer, QFormerConfig
 from train import build_optimizer, keep_memory, lr_at, set_lr
 from vit import ViT, ViTConfig
-from weights import BERT, DINOV2, OPT_TABLE, T5_TABLE, unload
+from weights import unload
 
 PICTURE = 64  # pixels a side
 

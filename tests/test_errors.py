@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import ROOT, TINY
 from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
@@ -212,7 +213,7 @@ def test_a_folder_that_is_no_run(capsys, run, tmp_path):
 
 
 def test_lavis_file_needs_its_folders(capsys, run, tmp_path):
-    (tmp_path / "blip2.pth").write_bytes(b"")
+    torch.save({"model": {"query_tokens": torch.ones(1, 2, 3)}}, tmp_path / "blip2.pth")
     assert "does not say its architecture: pass --vit eva-g:eva_vit_g.pth and --bert" in eval_says(
         capsys, tmp_path / "blip2.pth"
     )

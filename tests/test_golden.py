@@ -12,10 +12,11 @@ from safetensors import safe_open
 import blip2
 from blip2 import Blip2
 from data import Batch
+from formats import LAVIS_STAGE1, LAVIS_VITS
 from losses import itc_similarity, negative_probabilities
 from qformer import QFormer, QFormerConfig
 from vit import ViT, ViTConfig
-from weights import LAVIS_STAGE1, load
+from weights import load
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parents[2] / "shared/golden/stage1_a.safetensors"))
 pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no golden file at {GOLDEN}: set GOLDEN to one")
@@ -54,6 +55,7 @@ def golden():
     )
     model = Blip2(vit, qformer, texts=None, embed_dim=cfg["proj"]).eval()
     load(model, part(tensors, "w."), LAVIS_STAGE1, "golden weights")
+    load(model.vit, part(tensors, "w."), LAVIS_VITS["eva-g"], "golden weights")
     text_mask = tensors["in.text_mask"].bool()
     has_next = torch.nn.functional.pad(text_mask[:, 1:], (0, 1))
     batch = Batch(

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import small_qformer
 
+from formats import BERT, HF_QFORMER
 from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries, drop
-from weights import BERT, HF_QFORMER, load
+from weights import load
 
 
 def test_cross_attention_in_every_other_block():

@@ -340,7 +340,7 @@ def test_a_prompt_longer_than_the_position_table():
 
 def test_t5_is_never_fp16():
     """Its activations overflow there; paper 3.4 has it in bf16."""
-    with pytest.raises(UserError, match="got precision fp16 for .*t5, in which T5 overflows: pass --precision bf16"):
+    with pytest.raises(UserError, match="got precision fp16 for .*t5, in which T5 overflows: pass bf16"):
         stage2_model("t5").set_precision("fp16")
     model = stage2_model("t5").set_precision("bf16")
     assert {p.dtype for p in model.llm.parameters()} == {torch.bfloat16}
@@ -420,23 +420,24 @@ def test_whole_model_of_transformers(kind, tmp_path):
     ours = Blip2.from_pretrained(tmp_path)
     assert ours.llm.cfg.act == "gelu" if kind == "t5" else ours.llm.cfg.pre_norm
 
-    pixels = torch.randn(4, 3, 28, 28)
+    torch.manual_seed(1)
+    pixels = torch.randn(24, 3, 28, 28)
     prompt = "Question: what color is the star? Answer:"
-    ids = torch.tensor(ours.llm_texts.encode_prompts([prompt])).expand(4, -1)
-    with_image = torch.cat((torch.full((4, 3), words - 1), ids), dim=1)
+    ids = torch.tensor(ours.llm_texts.encode_prompts([prompt])).expand(24, -1)
+    with_image = torch.cat((torch.full((24, 3), words - 1), ids), dim=1)
     mask = torch.ones_like(with_image)
     with torch.no_grad():
         images = ours.encode_tokens(ours.vit(pixels))
         embeds, ours_mask = ours.llm_prompt(images.query_out, ids, torch.ones_like(ids, dtype=torch.bool))
         if kind == "opt":
             wanted = theirs(pixel_values=pixels, input_ids=with_image, attention_mask=mask).logits[:, 2:]
-            found = ours.llm(embeds[:, :3], ours_mask[:, :3], ids, torch.arange(ids.numel())).view(4, -1, words)
+            found = ours.llm(embeds[:, :3], ours_mask[:, :3], ids, torch.arange(ids.numel())).view(24, -1, words)
             wanted = wanted[:, : ids.shape[1]]
         else:
-            target = torch.randint(2, words - 1, (4, 5))
+            target = torch.randint(2, words - 1, (24, 5))
             wanted = theirs(pixel_values=pixels, input_ids=with_image, attention_mask=mask, labels=target).logits
-            found = ours.llm(embeds, ours_mask, target, torch.arange(20)).view(4, 5, -1)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            found = ours.llm(embeds, ours_mask, target, torch.arange(120)).view(24, 5, -1)
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
         out = theirs.generate(
             pixel_values=pixels, input_ids=with_image, attention_mask=mask, num_beams=5, max_new_tokens=8,
             length_penalty=-1.0, eos_token_id=ours.llm_texts.end_id, min_new_tokens=1,

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,23 +11,10 @@ from safetensors.torch import save_file
 
 from blip2 import Blip2
 from data import UserError
+from formats import BERT, CLIP_BARE, DINOV2, EVA, LAVIS_STAGE1, Table, both
 from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries
 from vit import ViT, ViTConfig
-from weights import (
-    BERT,
-    CLIP_BARE,
-    DINOV2,
-    EVA,
-    LAVIS_STAGE1,
-    Table,
-    both,
-    load,
-    load_bert,
-    load_vit,
-    open_tensors,
-    sha256,
-    unload,
-)
+from weights import load, load_bert, load_vit, open_tensors, sha256, unload
 
 
 def toy():
@@ -193,9 +179,8 @@ def test_berts_names_of_2018_are_understood():
     assert torch.equal(ours.embedding_ln.weight, other.embedding_ln.weight)
 
 
-@pytest.mark.parametrize("with_vit", [True, False])
-def test_lavis_stage1_checkpoint_loads_into_the_whole_model(with_vit):
-    """346 keys at the real depth; fine-tuned files hold the ViT too. Nothing is left over or missing."""
+def test_lavis_stage1_checkpoint_loads_into_the_whole_model():
+    """Nothing is left over or missing but the ViT, which is in a file of its own."""
     model = small_model()
     tensors = unload(model, LAVIS_STAGE1)
     tensors |= {
@@ -203,12 +188,11 @@ def test_lavis_stage1_checkpoint_loads_into_the_whole_model(with_vit):
         "Qformer.cls.predictions.decoder.bias": torch.ones(30),
         "Qformer.bert.embeddings.position_ids": torch.arange(20)[None],
     }
-    tensors = {key: tensor for key, tensor in tensors.items() if with_vit or not key.startswith("visual_encoder.")}
     other = small_model(seed=1)
     account = load(other, tensors, LAVIS_STAGE1, "lavis")
-    assert ("fresh" in account) == (not with_vit)
+    assert "fresh (the frozen ViT)" in account
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        if with_vit or not name.startswith("vit."):
+        if not name.startswith("vit."):
             assert torch.equal(a, b), name
 
 
@@ -229,19 +213,15 @@ def lavis_keys() -> set[str]:
 
 
 def test_lavis_checkpoint_opens_as_a_model(tmp_path):
-    """The file, and the two folders that say its architecture; one with a fine-tuned ViT is refused."""
+    """The file, and the two folders that say its architecture."""
     folders = dict(vit="assets/tiny/vit", bert="assets/tiny/bert")
     model, _ = Blip2.build(**folders, num_queries=4)
     for part in (model.qformer, model.ln_vision, model.vision_proj, model.text_proj, model.itm_head):
         roughen(part)
-    table = replace(LAVIS_STAGE1, rows=[row for row in LAVIS_STAGE1.rows if not row.ours.startswith("vit.")])
-    torch.save({"model": (tensors := unload(model, table))}, tmp_path / "blip2.pth")
+    torch.save({"model": unload(model, LAVIS_STAGE1)}, tmp_path / "blip2.pth")
     opened = Blip2.from_pretrained(tmp_path / "blip2.pth", **folders)
     for name, tensor in model.trained_state().items():
         assert torch.equal(tensor, opened.trained_state()[name]), name
-    torch.save({"model": tensors | {"visual_encoder.cls_token": torch.ones(1)}}, tmp_path / "tuned.pth")
-    with pytest.raises(UserError, match="holds a ViT that was fine-tuned with it"):
-        Blip2.from_pretrained(tmp_path / "tuned.pth", **folders)
 
 
 @pytest.mark.parametrize("image_width", [1408, 1024])
@@ -252,7 +232,7 @@ def test_real_lavis_checkpoint_has_346_keys_and_each_has_its_place(image_width):
         model = Blip2(vit, QFormer(QFormerConfig(image_width=image_width)), texts=None)
     real = lavis_keys()
     assert len(real) == 346
-    theirs = {key for key in unload(model, LAVIS_STAGE1) if "visual_encoder" not in key}
+    theirs = set(unload(model, LAVIS_STAGE1))
     unused = real - theirs
     assert theirs <= real and all(any(re.fullmatch(p, key) for p in LAVIS_STAGE1.ignored) for key in unused)
     assert {key.rpartition(".")[0] for key in unused} == {"Qformer.cls.predictions.decoder", "Qformer.bert.embeddings"}
