@@ -200,6 +200,12 @@ class Texts:
         truncated = sum(len(tokens) == self.max_tokens for tokens in ids)
         return make_batch(ids, self.pad_id, image_ids, truncated=truncated, **rest)
 
+    def hf_tokenizer(self) -> tuple[Tokenizer, dict[str, str]]:
+        """As transformers reads it, and the names of its special tokens."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.no_truncation()  # its BLIP-2 processor stumbles over one
+        return tokenizer, {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+
     def save(self, folder: Path) -> None:
         """tokenizer.json, from which `Texts` can be opened again."""
         self.tokenizer.save(str(folder / "tokenizer.json"))

@@ -475,7 +475,7 @@ HF_RETRIEVAL = Table(
     },
     fresh={
         r"vit\..*": "the frozen ViT",
-        r"qformer\.lm_head\..*": "ITG's head, which was dropped when the public files were converted",
-        "temperature": "ITC's temperature, dropped then too",
+        r"qformer\.lm_head\..*": "ITG's head, which this format lacks",
+        "temperature": "ITC's temperature, which this format lacks",
     },
 )

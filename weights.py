@@ -612,7 +612,7 @@ def export_hf(model, folder: Path, dtype: str) -> list[str]:
     tensors |= {f"vision_model.{key}": tensor.detach() for key, tensor in vision.items()}
     folder.mkdir()
     if retrieval:
-        tokenizer, special = model.texts.tokenizer, {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        tokenizer, special = model.texts.hf_tokenizer()
     else:
         tokenizer, special = model.llm_texts.hf_tokenizer()
         image_token = tokenizer.token_to_id("<image>")

@@ -18,7 +18,7 @@ import formats
 import train
 import weights
 from blip2 import Blip2
-from data import LLMTexts, UserError
+from data import LLMTexts, UserError, eval_transform
 from llm import OPT, PRESETS, T5
 from vit import ViTConfig
 
@@ -84,6 +84,11 @@ def reopened(folder: Path, caplog):
     return model.eval(), processor
 
 
+def as_images(model: Blip2, picture) -> torch.Tensor:
+    """uint8 (1, 3, H, W), as `encode_image` makes it."""
+    return eval_transform(picture, model.image_size)[None]
+
+
 def visual(model) -> torch.Tensor:
     """(1, Q, D): what the queries of a transformers model say of the same noise."""
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
@@ -100,6 +105,13 @@ def test_transformers_models_come_in_and_go_out_with_the_same_weights(kind, tmp_
     assert ("ITG's head" in said and "ITC's temperature" in said) if kind == "retrieval" else "the text branch" in said
     weights.main(["export", str(tmp_path / "theirs"), str(tmp_path / "out"), "--format", "hf"])
     again, processor = reopened(tmp_path / "out", caplog)
+    text = "a small white cross" if kind == "retrieval" else "Question: what is it? Answer:"
+    picture = transformers.image_utils.load_image(str(ROOT / "assets/tiny/picture.png"))
+    given = processor(images=picture, text=text, return_tensors="pt")
+    read = ours.texts.encode([text])[0] if kind == "retrieval" else ours.llm_texts.encode_prompts([text])[0]
+    queries = [] if kind == "retrieval" else [again.config.image_token_index] * 3
+    assert given["input_ids"][0].tolist() == queries + read
+    assert torch.allclose(given["pixel_values"], ours.vit.normalize(as_images(ours, picture)), atol=1e-4)
     before, after = theirs.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
