@@ -333,7 +333,7 @@ LAVIS_QFORMER_ROWS = [
 ]
 
 STAGE2_FRESH = {
-    r"vit\..*|llm\..*": "the frozen parts",
+    r"vit\..*|llm\..*": "the frozen parts, loaded apart",
     r"qformer\.((word|position)_embedding\.weight|blocks\.\d+\.ffn_text\..*|lm_head\..*)": "the text branch, which "
     "checkpoints of stage 2 lack",
     r"(vision_proj|text_proj|itm_head)\..*|temperature": "heads of stage 1",
