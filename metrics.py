@@ -49,13 +49,40 @@ def chance(positives: Tensor) -> dict[str, float]:
 
 # --- captions --------------------------------------------------------------------------------------------------------
 
-PUNCTUATION = re.compile(r"^(''|'|\"|``|`|-LRB-|-RRB-|-LCB-|-RCB-|\.|\?|!|,|:|-|--|\.\.\.|;)$")  # COCO's list
-WORD = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|[\w&$%/#@*+=-]+?(?=n't\b)|[\w&$%/#@*+=.-]*[\w&$%/#@*+=]|[^\w\s]")
+# What COCO's evaluation does to a caption: tokens as in the Penn Treebank, lower case, without punctuation. Its list of
+# punctuation has the brackets in upper case, though all was lower-cased before: "-lrb-" and "-rrb-" count as words.
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+ABBREVIATIONS = (  # that keep their period; so do single letters: u.s., a.m.
+    "mr mrs ms messrs dr drs prof rev gen sen rep gov sgt col lt capt cpl maj adm hon jr sr bros inc ltd co corp ave "
+    "blvd rd st mt ft vs etc jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri cos dept "
+    "univ"
+)
+SPLIT = {  # one word that counts as two
+    "cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "lemme": "lem me", "gimme": "gim me",
+    "y'all": "y' all", "'tis": "'t is", "'twas": "'t was", "d'ye": "d' ye", "more'n": "more 'n",
+}  # fmt: skip
+STRAIGHT = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2026", "''\"\"--.")  # quotes, dashes, three dots
+PUNCTUATION = re.compile(r"'|\"|`|-+|\.+|[,:;.?!]")
+TOKEN = re.compile(
+    r"""https?://\S+ | www\.\S+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+   # addresses
+    | '(?:s|m|d|re|ve|ll)(?!\w) | n't(?!\w)                      # clitics
+    | '(?:tis|twas|em)\b | '\d\ds?\b | '?n'(?!\w) | y'all\b | o'clock\b | d'ye\b | more'n\b
+    | <\w+> | no\.(?=\s*\d) | ph\.d\.
+    | [$#]                                                      # apart from their number
+    | [a-z](?:\.[a-z])+\.? | [a-z]\.(?=\s*\S) | (?:ABBREVIATIONS)\.
+    | at&t | [a-z]&[a-z](?=s?\b)                                # r&b, m&m's
+    | :\d{2}(?!\d) | [+-]?\.?\d\w*(?:[,./:-]\w+)*
+    | \w+?(?=n't(?!\w)) | \w+(?:[-/.]\w+|'\w{2,}(?!\w)(?<!'re)(?<!'ve)(?<!'ll))*
+    | \.\.\.+ | -+ | [!?]+ | [^\w\s]""".replace("ABBREVIATIONS", ABBREVIATIONS.replace(" ", "|")),
+    re.VERBOSE,
+)
 
 
 def caption_words(caption: str) -> list[str]:
     """A caption as the COCO evaluation counts it: lower case, clitics apart ("dog 's", "do n't"), no punctuation."""
-    return [word for word in WORD.findall(caption.lower()) if not PUNCTUATION.match(word)]
+    words = TOKEN.findall(caption.lower().translate(STRAIGHT).replace("&amp;", "&"))
+    words = " ".join(SPLIT.get(word, BRACKETS.get(word, word)) for word in words).split()
+    return [word for word in words if not PUNCTUATION.fullmatch(word)]
 
 
 def ngrams(words: list[str], most: int = 4) -> list[Counter]:
@@ -108,3 +135,98 @@ def cider(captions: list[list[str]], references: list[list[list[str]]]) -> float
                 total += (product / norms if norms else 0.0) * math.exp(-(longer**2) / (2 * spread**2))
         scores.append(10 * total / 4 / len(group))
     return sum(scores) / len(scores)
+
+
+def rouge_l(captions: list[list[str]], references: list[list[list[str]]]) -> float:
+    """ROUGE-L of a corpus (Lin, 2004), between 0 and 1: see `bleu`. As in the COCO evaluation, precision and recall are
+    each the best over the references, and recall counts 1.2 squared times as much."""
+    weight = 1.2**2
+    scores = []
+    for words, texts in zip(captions, references, strict=True):
+        # What comes as a string is split at spaces in the original: an empty caption is one empty word.
+        shared = [longest_common(words or [""], text) for text in texts]
+        precision = max(n / max(1, len(words)) for n in shared)
+        recall = max(n / len(text) for n, text in zip(shared, texts))
+        both = precision and recall
+        scores.append((1 + weight) * precision * recall / (recall + weight * precision) if both else 0.0)
+    return sum(scores) / len(scores)
+
+
+def longest_common(a: list[str], b: list[str]) -> int:
+    """Words in the longest sequence that both have in this order, with or without others between."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        left = diagonal = 0
+        for j, other in enumerate(b, start=1):
+            above = row[j]
+            row[j] = left = diagonal + 1 if word == other else max(above, left)
+            diagonal = above
+    return row[-1]
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+# The official VQA tool takes these for the same words with one of the apostrophes left out. Its table has a typing
+# error, which counts, and misses some ("shed", "well"), because these are words.
+CONTRACTIONS = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've "
+    "why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're "
+    "you've"
+).split()
+WITH_APOSTROPHE = {"somebody'd": "somebodyd"} | {
+    word[:i] + word[i + 1 :]: word for word in CONTRACTIONS for i, letter in enumerate(word) if letter == "'"
+}
+DIGITS = dict(
+    zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split())
+)
+
+
+def without_punctuation(text: str) -> str:
+    """The official tool's first step. A mark goes without a trace if it stands beside a space anywhere in the text, or
+    if the text has a number like 10,000; else it becomes a space. Then periods go, but not those in front of a digit;
+    and only the first 32, because the original hands a flag over in the place of a count."""
+    has_thousands, out = re.search(r"\d,\d", text), text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        out = out.replace(mark, "" if has_thousands or f"{mark} " in text or f" {mark}" in text else " ")
+    return re.sub(r"\.(?!\d)", "", out, count=32)
+
+
+def normalize_answer(answer: str) -> str:
+    """What the official tool makes of a model's answer: no punctuation or articles, lower case, digits, apostrophes."""
+    answer = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
+    words = [DIGITS.get(word, word) for word in answer.lower().split()]
+    return " ".join(WITH_APOSTROPHE.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answer: str, people: list[str]) -> float:
+    """Official VQA accuracy of one answer (Antol et al., 2015), between 0 and 1: the mean over the people of
+    min(1, how many of the others say so / 3).
+
+    People's answers keep their case and articles, and if they all agree their punctuation too, as in the official tool.
+    It is made for ten of them; of three or fewer it can never be 1.
+    """
+    said = normalize_answer(answer)
+    if len(set(people)) > 1:
+        people = [without_punctuation(text) for text in people]
+    same = [text == said for text in people]
+    return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(people)
+
+
+def gqa_match(answer: str, people: list[str]) -> float:
+    """GQA: 1 if the answer is the true one after both have been normalized, else 0."""
+    return float(normalize_answer(answer) == normalize_answer(people[0]))
+
+
+def direct_answer_accuracy(answer: str, people: list[str]) -> float:
+    """A-OKVQA's direct answers: min(1, how many people say exactly this / 3)."""
+    return min(1.0, people.count(answer) / 3)
+
+
+def any_match(answer: str, people: list[str]) -> float:
+    """Where there are fewer answers than ten: 1 if one of them, normalized, is the answer, normalized; else 0."""
+    return float(normalize_answer(answer) in map(normalize_answer, people))

@@ -1,13 +1,25 @@
-"""BLEU and CIDEr-D are those of pycocoevalcap, on any captions, and by hand."""
+"""BLEU, ROUGE-L, CIDEr-D and the words they count are pycocoevalcap's; VQA accuracy is the official tool's."""
 
+import importlib.util
 import json
 import math
+import os
 import random
 
 import pytest
 from conftest import shared
 
-from metrics import bleu, caption_words, cider
+from metrics import (
+    any_match,
+    bleu,
+    caption_words,
+    cider,
+    direct_answer_accuracy,
+    gqa_match,
+    normalize_answer,
+    rouge_l,
+    vqa_accuracy,
+)
 
 WORDS = "a the dog cat man red blue runs sits on in with two grass beach".split()
 
@@ -30,30 +42,47 @@ def corpus(seed: int, count: int = 60):
 
 
 def oracle(captions, references):
-    """pycocoevalcap's own BLEU-1 to 4 and CIDEr for tokenized text."""
+    """pycocoevalcap's own BLEU-1 to 4, CIDEr and ROUGE-L for tokenized text."""
     said = {i: [" ".join(words)] for i, words in enumerate(captions)}
     told = {i: [" ".join(words) for words in texts] for i, texts in enumerate(references)}
     bleu_scorer = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu(4)
     cider_scorer = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
-    return bleu_scorer.compute_score(told, said, verbose=0)[0], cider_scorer.compute_score(told, said)[0]
+    rouge_scorer = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge()
+    return (
+        bleu_scorer.compute_score(told, said, verbose=0)[0],
+        cider_scorer.compute_score(told, said)[0],
+        rouge_scorer.compute_score(told, said)[0],
+    )
+
+
+def equal_to_oracle(captions, references):
+    """All three, to the last digits."""
+    theirs, their_cider, their_rouge = oracle(captions, references)
+    assert bleu(captions, references) == pytest.approx(theirs, abs=1e-9)
+    assert cider(captions, references) == pytest.approx(their_cider, abs=1e-9)
+    assert rouge_l(captions, references) == pytest.approx(their_rouge, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_bleu_and_cider_equal_pycocoevalcap(seed):
-    captions, references = corpus(seed)
-    theirs, their_cider = oracle(captions, references)
-    assert bleu(captions, references) == pytest.approx(theirs, abs=1e-9)
-    assert cider(captions, references) == pytest.approx(their_cider, abs=1e-9)
+def test_captions_are_scored_as_pycocoevalcap_does(seed):
+    equal_to_oracle(*corpus(seed))
 
 
-def test_bleu_and_cider_of_people_equal_pycocoevalcap():
-    """On Flickr8k's own captions: the first of each photo against the four others."""
-    photos = json.loads(shared("data/flickr8k/val.json").read_text())[:200]
+def test_people_and_corrupted_captions_are_scored_as_pycocoevalcap_does():
+    """On Flickr8k's own captions: the first of each photo against the four others, whole and then corrupted: words
+    dropped, doubled, shuffled, all but one gone, all gone."""
+    photos = json.loads(shared("data/flickr8k/val.json").read_text())
     people = [[caption_words(text) for text in photo["caption"]] for photo in photos]
-    captions, references = [texts[0] for texts in people], [texts[1:] for texts in people]
-    theirs, their_cider = oracle(captions, references)
-    assert bleu(captions, references) == pytest.approx(theirs, abs=1e-9)
-    assert cider(captions, references) == pytest.approx(their_cider, abs=1e-9)
+    captions, references, rng = [texts[0] for texts in people], [texts[1:] for texts in people], random.Random(0)
+    equal_to_oracle(captions, references)
+    corruptions = (
+        lambda words: [word for word in words if rng.random() < 0.6],
+        lambda words: [word for word in words for _ in range(rng.randint(1, 3))],
+        lambda words: rng.sample(words, len(words)),
+        lambda words: words[:1],
+        lambda words: [],
+    )
+    equal_to_oracle([corruptions[i % 5](words) for i, words in enumerate(captions)], references)
 
 
 def test_bleu_by_hand():
@@ -75,14 +104,146 @@ def test_cider_counts_rare_words_and_the_length():
     assert rare > common == 0  # a word of all references says nothing
 
 
-@pytest.mark.parametrize(
-    "caption, words",
-    [
-        ("A dog's ball , on the GRASS .", "a dog 's ball on the grass"),
-        ('He said: "two-year-old boys don\'t!"', "he said two-year-old boys do n't"),
-        ("a man -- and a flag ...", "a man and a flag"),
-    ],
-)
+def test_rouge_by_hand():
+    caption, reference = "a dog runs fast".split(), "a brown dog runs".split()
+    assert rouge_l([caption], [[reference]]) == pytest.approx(0.75)  # three of four words, both ways
+    assert rouge_l([reference], [[caption, reference]]) == pytest.approx(1)
+    assert rouge_l([["cat"]], [[reference]]) == 0
+
+
+# What the tokenizer of the COCO evaluation (Stanford's PTBTokenizer 3.4.1, pycocoevalcap's list of punctuation) makes
+# of these; written down once, so that no Java is needed.
+PTB = [
+    ("I cannot go, I'm gonna stay; don't ask.", "i can not go i 'm gon na stay do n't ask"),
+    ("'Tis the dog's bone, isn't it?", "'t is the dog 's bone is n't it"),
+    ("y'all can't've seen Mr. Smith's dog at 3 p.m. in the U.S.",
+     "y' all ca n't 've seen mr. smith 's dog at 3 p.m. in the u.s."),
+    ("He paid $5.50 for 10,000 apples (1/2 off) & left...",
+     "he paid $ 5.50 for 10,000 apples -lrb- 1/2 off -rrb- & left"),
+    ("a well-known state-of-the-art T-shirt and/or red/blue hat",
+     "a well-known state-of-the-art t-shirt and/or red/blue hat"),
+    ("The sign says \"STOP\" – it’s a “curly” quote…", "the sign says stop it 's a curly quote"),
+    ("a [bracket] {brace} 100% sure @ home #1", "a -lsb- bracket -rsb- -lcb- brace -rcb- 100 % sure @ home # 1"),
+    ("visit www.example.com or http://a.b/c?d=e today!", "visit www.example.com or http://a.b/c?d=e today"),
+    ("Dr. Who lives on Main St. near 5th Ave.", "dr. who lives on main st. near 5th ave."),
+    ("two men... one dog!!! what?!", "two men one dog !!! what ?!"),
+    ("a café with naïve über-cool décor", "a café with naïve über-cool décor"),
+    ("it's 5:30 p.m. and the kids' toys weren't there", "it 's 5:30 p.m. and the kids toys were n't there"),
+    ("rock 'n' roll at five o'clock 'quoted words' here", "rock 'n' roll at five o'clock quoted words here"),
+    ("A.B. and C are friends. They run. Fast.", "a.b. and c are friends they run fast"),
+    ("she's they're we've i'd you'll who'd", "she 's they 're we 've i 'd you 'll who 'd"),
+    ("a man -- old -- sits", "a man old sits"),
+    ("e-mail bob@x.org", "e-mail bob@x.org"),
+    ("No. 7 shirt vs. No. 8", "no. 7 shirt vs. no. 8"),
+    ("I wanna go, gimme that, lemme see, gotta run, more'n enough",
+     "i wan na go gim me that lem me see got ta run more 'n enough"),
+    ("a dog\na cat", "a dog a cat"),
+    ("x=y + z * 2", "x = y + z * 2"),
+    ("the '90s and 1990's", "the '90s and 1990 's"),
+    ("Jan. 5, 2020", "jan. 5 2020"),
+    ("Ph.D. student etc. and so on", "ph.d. student etc. and so on"),
+    ("", ""),
+    ("...", ""),
+    ("snow-covered hill, 20-foot wall, six-year-old's", "snow-covered hill 20-foot wall six-year-old 's"),
+    ("a+b c/d 3/4-inch", "a + b c/d 3/4-inch"),
+    ("James' dog and the boys' room", "james dog and the boys room"),
+    ("it ain't so; shouldn't've", "it ai n't so should n't 've"),
+    ("8 ft. tall sign by 3 in. board", "8 ft. tall sign by 3 in board"),
+    ("numbers 24, 33, and 57, play.", "numbers 24 33 and 57 play"),
+    ("a 4x4 truck and a 2x4 board", "a 4x4 truck and a 2x4 board"),
+    ("Dale Earnhardt, Jr., in car #15.", "dale earnhardt jr. in car # 15"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("caption, words", PTB)
 def test_words_of_a_caption(caption, words):
-    """Lower case, clitics apart, no punctuation, as the COCO evaluation counts."""
+    """Lower case, clitics apart, no punctuation."""
     assert caption_words(caption) == words.split()
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, normal",
+    [
+        ("A dog.", "dog"), ("two dogs", "2 dogs"), ("10,000", "10000"), ("T-shirt", "t shirt"), ("none", "0"),
+        ("its 3.5 ft.", "its 3.5 ft"), ("red/blue", "red blue"), ("dont", "don't"), ("couldnt've", "couldn't've"),
+        ("the\tcat\n", "cat"), ("somebody'd", "somebodyd"), ("well - done", "well done"), ("a, b-c", "b c"),
+        ("." * 40, "." * 8), ("", ""),
+    ],
+)  # fmt: skip
+def test_answers_are_normalized_with_all_quirks_of_the_official_tool(answer, normal):
+    assert normalize_answer(answer) == normal
+
+
+def test_vqa_accuracy_leaves_each_person_out_once():
+    assert vqa_accuracy("Red.", ["red"] * 10) == 1
+    for count, value in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1)):
+        assert vqa_accuracy("red", ["red"] * count + ["blue"] * (10 - count)) == pytest.approx(value)
+    assert vqa_accuracy("T-shirt", ["T-shirt"] * 10) == 0  # people who all agree are not normalized
+    assert vqa_accuracy("t-shirt", ["t-shirt"] * 9 + ["shirt"]) == 1  # the others lose their punctuation
+    assert vqa_accuracy("the dog", ["the dog"] * 9 + ["dog"]) == pytest.approx(0.3)  # but not their articles
+
+
+def test_other_data_sets_have_other_rules():
+    assert gqa_match("A dog", ["dog"]) == 1 and gqa_match("dogs", ["dog"]) == 0
+    assert direct_answer_accuracy("red", ["red", "red", "blue"]) == pytest.approx(2 / 3)
+    assert direct_answer_accuracy("Red", ["red"] * 10) == 0
+    assert any_match("two", ["2", "pair"]) == 1 and any_match("three", ["2", "pair"]) == 0
+
+
+def test_vqa_accuracy_equals_the_official_tool():
+    """5,000 answers of all that the tool treats in a way of its own. Its vqa_eval.py is inside the wheel of
+    salesforce-lavis 1.0.2."""
+    if not os.environ.get("VQA_EVAL"):
+        pytest.skip("set VQA_EVAL to the official tool's vqa_eval.py")
+    spec = importlib.util.spec_from_file_location("vqa_eval", os.environ["VQA_EVAL"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rng = random.Random(0)
+    bits = ["dog", "T-shirt", "red/blue", "10,000", "3.5", "ft.", "a", "the", "An", "two", "none", "ten", "dont", "its"]
+    bits += [
+        "couldnt've",
+        "y'allll",
+        "somebody'd",
+        "Id've",
+        "-",
+        ",",
+        "?",
+        "...",
+        '"x"',
+        "(b)",
+        "\n",
+        "\t",
+        "é",
+        " ",
+        "_",
+    ]
+
+    def text():
+        return rng.choice(("", " ")).join(rng.choices(bits, k=rng.randint(0, 5)))
+
+    people, answers = [], []
+    for _ in range(5000):
+        pool = [text() for _ in range(rng.randint(1, 3))]
+        people.append([rng.choice(pool) for _ in range(10)])
+        answers.append(rng.choice([*pool, text()]))
+
+    class Vqa:
+        def __init__(self, qa):
+            self.qa = qa
+
+        def getQuesIds(self):
+            return list(self.qa)
+
+    told = {}
+    for i, texts in enumerate(people):
+        gave = [{"answer": text, "answer_id": n} for n, text in enumerate(texts)]
+        told[i] = {"question_type": "", "answer_type": "", "answers": gave}
+    tool = module.VQAEval(Vqa(told), Vqa({i: {"answer": answer} for i, answer in enumerate(answers)}), n=2)
+    tool.evaluate()
+    ours = [100 * vqa_accuracy(answer, texts) for answer, texts in zip(answers, people)]
+    assert [round(value, 9) for value in ours] == pytest.approx([tool.evalQA[i] for i in range(5000)], abs=0.006)
+    assert round(sum(ours) / 5000, 2) == tool.accuracy["overall"]
+    assert 0 < sum(value > 0 for value in ours) < 5000
