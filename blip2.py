@@ -1,9 +1,10 @@
 """BLIP-2: a frozen image encoder, the Q-Former, and what is trained around them (paper 3).
 
-Stage 1 (paper 3.2) is `Blip2.stage1_losses`, stage 2 (3.3) is `Blip2.stage2_losses`. Around them are the calls a user
-makes, which take pictures and strings and pad, tokenize and batch by themselves: `encode_image`, `encode_text`,
-`itc_scores`, `itm_scores`, `caption`, and with a language model `ask`, `rank`, `score`; and `Blip2.build`,
-`attach_llm`, `from_pretrained`, `save_pretrained`.
+Stage 1 (paper 3.2) is `Blip2.stage1_losses`, stage 2 (3.3) is `Blip2.stage2_losses`; fine-tuning (4.2 to 4.4) uses the
+same two, with the ViT trained as well (`unfreeze_vit`) and for VQA with the question in the Q-Former. Around them are
+the calls a user makes, which take pictures and strings and pad, tokenize and batch by themselves: `encode_image`,
+`encode_text`, `itc_scores`, `itm_scores`, `caption`, and with a language model `ask`, `rank`, `score`; and
+`Blip2.build`, `attach_llm`, `from_pretrained`, `save_pretrained`.
 Letters: B rows of this process, N of all processes, P image tokens, V ViT width, Q queries, T text tokens, D Q-Former
 width, E shared embedding, L width of the language model, W vocabulary.
 """
@@ -43,7 +44,7 @@ from losses import (
     world,
 )
 from qformer import CaptionDecoder, ImageKV, Prefix, QFormer, QFormerConfig
-from vit import ViT
+from vit import ViT, ViTConfig
 
 OBJECTIVES = ("itc", "itm", "itg")
 LLMS = {OPTConfig: OPT, T5Config: T5}
@@ -63,7 +64,8 @@ class EncodedImages(NamedTuple):
 class EncodedTexts(NamedTuple):
     """Texts that have been through the Q-Former; every call that takes texts takes this too."""
 
-    ids: list[list[int]]  # [CLS] ... [SEP]
+    ids: Tensor  # (M, T), [CLS] ... [SEP], padded
+    mask: Tensor  # (M, T) bool, True = real token
     cls: Tensor  # (M, D)
     feats: Tensor  # (M, E), unit length
 
@@ -86,10 +88,11 @@ class Scores(NamedTuple):
 class Blip2(nn.Module):
     """The model of both stages.
 
-    The ViT is frozen for good: eval mode, no gradient, not in the checkpoint. Stage 1 trains the Q-Former and its
-    queries, `ln_vision` (in the place of the ViT's dropped final norm), two projections, the ITM head and the
+    The ViT is frozen: eval mode, no gradient, not in the checkpoint; until `unfreeze_vit`. Stage 1 trains the Q-Former
+    and its queries, `ln_vision` (in the place of the ViT's dropped final norm), two projections, the ITM head and the
     temperature. Stage 2 puts a language model behind the queries (`attach_llm`), as frozen as the ViT, and trains
-    `ln_vision`, the queries' part of the Q-Former and `llm_proj`; the text branch stays as stage 1 has left it.
+    `ln_vision`, the queries' part of the Q-Former and `llm_proj`; the text branch stays as stage 1 has left it. For VQA
+    it goes on (`condition_on_question`): the Q-Former then reads the question together with the photo (Figure 7).
     """
 
     def __init__(
@@ -112,6 +115,9 @@ class Blip2(nn.Module):
         self.itm_head = nn.Linear(width, 2)  # column 1 = match
         self.temperature = nn.Parameter(torch.tensor(0.07))  # learned, divides; train.py keeps it within bounds
         self.llm, self.llm_texts, self.template = None, None, None  # from `attach_llm`
+        self.prompt = ""  # what captions go on from, if fine-tuned so
+        self.conditioned = False  # does the Q-Former read the question too? From `condition_on_question`
+        self.vit_trained = False  # from `unfreeze_vit`
         self.amp_dtype: torch.dtype | None = None  # of the products in the trained part; None is fp32
         vit.requires_grad_(False).eval()
 
@@ -165,6 +171,7 @@ class Blip2(nn.Module):
         precision: str = "fp32",
         dropout: float | None = None,
         image_size: int | None = None,
+        train_vit: bool = False,
     ) -> "Blip2":
         """Open a run folder; a folder of transformers' Blip2ForConditionalGeneration or Blip2ForImageTextRetrieval; or
         a checkpoint of LAVIS (.pth) with the folders it was trained over: `vit`, and `bert` or `llm`.
@@ -172,6 +179,7 @@ class Blip2(nn.Module):
         vit, llm: where the frozen parts of a run are now, if they have moved. precision: "fp32", "bf16" or "fp16"; the
         frozen parts are read straight into it. dropout: of the Q-Former in further training, if not that of the run.
         image_size: of the pictures, if not that of the checkpoint; the table of positions is resized.
+        train_vit: keep the ViT of a run in fp32, to train it (see `unfreeze_vit`).
         """
         path = Path(path)
         if path.suffix in (".pth", ".pt"):
@@ -181,15 +189,24 @@ class Blip2(nn.Module):
                 raise UserError(f"{path} has all its parts: leave --vit, --bert and --llm out")
             model = cls._from_hf(path, precision, device)
         else:
-            model = cls._from_run(path, vit, llm, dropout, precision, device)
+            model = cls._from_run(path, vit, llm, dropout, precision, device, train_vit)
         if image_size is not None:
             check_image_size(image_size, model.vit.cfg.patch_size, str(path))
             model.image_size = image_size
+        if train_vit:
+            model.unfreeze_vit()
         return model.eval()
 
     @classmethod
     def _from_run(
-        cls, folder: Path, vit: str | None, llm: str | None, dropout: float | None, precision: str, device
+        cls,
+        folder: Path,
+        vit: str | None,
+        llm: str | None,
+        dropout: float | None,
+        precision: str,
+        device,
+        train_vit: bool,
     ) -> "Blip2":
         """A folder that `save_pretrained` has written."""
         if not (folder / "model.safetensors").exists():
@@ -199,8 +216,14 @@ class Blip2(nn.Module):
         config = read_json(folder / "config.json")
         if config.get("model") != "blip2":
             raise UserError(f"{folder} is a {config.get('model_type')}, expected a run, or a whole BLIP-2")
-        spec = vit or relocated(config["vit"], folder)
-        encoder, _, files = weights.load_vit(spec, config["last_block"], vit_dtype(precision, device), device)
+        spec, dtype = vit or relocated(config["vit"], folder), vit_dtype("fp32" if train_vit else precision, device)
+        if config.get("vit_trained"):  # it is in the run itself
+            with torch.device("meta"):
+                own = {key: tuple(v) if isinstance(v, list) else v for key, v in config["vit_config"].items()}
+                encoder, files = ViT(ViTConfig(**own)), []
+            encoder = encoder.to(dtype).to_empty(device=device)
+        else:
+            encoder, _, files = weights.load_vit(spec, config["last_block"], dtype, device)
         trained_over = config["qformer"]["image_width"]
         if encoder.cfg.width != trained_over:
             raise UserError(
@@ -218,11 +241,18 @@ class Blip2(nn.Module):
             config["embed_dim"],
             config["ln_vision_eps"],
             sources,
-        ).set_precision(precision, device)
-        model.check_frozen("vit", config, folder)
+        )
+        model.vit_trained = config.get("vit_trained", False)
+        model.vit.requires_grad_(train_vit)
+        model.set_precision(precision, device)
+        if not model.vit_trained:
+            model.check_frozen("vit", config, folder)
         if config.get("llm"):  # a run of stage 2
             model.attach_llm(llm or relocated(config["llm"], folder), config["template"], config.get("llm_act"))
             model.check_frozen("llm", config, folder)
+            model.prompt = config.get("prompt", "")
+        if config.get("conditioned"):
+            model.condition_on_question()
         model.load_trained(folder)
         return model
 
@@ -317,9 +347,32 @@ class Blip2(nn.Module):
             part.requires_grad_(False)
         return account
 
+    def unfreeze_vit(self) -> None:
+        """Train the ViT as well (paper 4.2 to 4.4), in fp32 and with a table of positions for the size of its pictures.
+        From then on a checkpoint holds it."""
+        self.vit.float().requires_grad_(True)
+        if self.vit.cfg.image_size != self.image_size:
+            self.vit.resize_positions(self.image_size)
+        self.vit_trained = True
+        self.sources |= {"vit_files": [], "vit_sha256": None}  # it is not that of the files any more
+
+    def condition_on_question(self) -> None:
+        """Let the Q-Former read each question together with the photo (paper 4.3, Figure 7), and train what reads it:
+        the embeddings and the text feed-forwards that stage 1 has left."""
+        if self.texts is None:
+            raise UserError(
+                f"{self.sources['vit']} has no text branch to read a question with, as all public checkpoints of stage "
+                "2: start from a run that has been through stage 1 here, or pass --no-condition"
+            )
+        texts = [block.ffn_text for block in self.qformer.blocks[:-1]]  # nobody reads the text behind the last block
+        for part in (self.qformer.word_embedding, self.qformer.position_embedding, *texts):
+            part.requires_grad_(True)
+        self.conditioned = True
+
     def trained_state(self) -> dict[str, Tensor]:
         """Everything that is not frozen for good, by name: what a checkpoint holds."""
-        return {name: t for name, t in self.state_dict().items() if not name.startswith(("vit.", "llm."))}
+        frozen = ("llm.",) if self.vit_trained else ("vit.", "llm.")
+        return {name: t for name, t in self.state_dict().items() if not name.startswith(frozen)}
 
     def load_trained(self, folder: str | Path) -> None:
         """Everything but the frozen parts, from a folder that `save_pretrained` has written; strict."""
@@ -350,6 +403,8 @@ class Blip2(nn.Module):
             "model": "blip2",
             "vit": relative(self.sources.get("vit", ""), home),
             "vit_sha256": self.frozen_sha256("vit"),
+            "vit_trained": self.vit_trained,  # then the run holds it
+            **({"vit_config": asdict(self.vit.cfg)} if self.vit_trained else {}),
             "last_block": self.sources.get("last_block", False),
             "bert": relative(self.sources.get("bert", ""), home),  # where the Q-Former started; not needed any more
             "image_size": self.image_size,
@@ -364,6 +419,7 @@ class Blip2(nn.Module):
         if self.llm is not None:
             llm = {"llm": relative(self.sources["llm"], home), "llm_sha256": self.frozen_sha256("llm")}
             config |= {**llm, "llm_act": self.sources["llm_act"], "template": self.template}
+            config |= {"prompt": self.prompt, "conditioned": self.conditioned}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     # --- precision and freezing --------------------------------------------------------------------------------------
@@ -378,7 +434,8 @@ class Blip2(nn.Module):
         if self.llm is not None:
             weights.check_llm_dtype(self.llm, self.amp_dtype, self.sources["llm"])
             self.llm.to(self.amp_dtype or torch.float32)
-        self.vit.to(vit_dtype(precision, device))
+        if not self.trains_vit:
+            self.vit.to(vit_dtype(precision, device))
         return self.to(device)
 
     def train(self, mode: bool = True):
@@ -416,6 +473,11 @@ class Blip2(nn.Module):
         """Where the model is."""
         return self.temperature.device
 
+    @property
+    def trains_vit(self) -> bool:
+        """Is the ViT trained just now?"""
+        return self.vit.pos_embed.requires_grad
+
     def autocast(self):
         """Half-precision products of the trained part, whose weights are fp32."""
         return nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, self.amp_dtype)
@@ -423,7 +485,10 @@ class Blip2(nn.Module):
     # --- the parts of the model --------------------------------------------------------------------------------------
 
     def image_tokens(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> the frozen ViT's tokens (B, P, V), in its own precision and without gradient."""
+        """uint8 (B, 3, H, W) -> the ViT's tokens (B, P, V); those of a frozen one in its own precision, no gradient."""
+        if self.trains_vit:
+            with self.autocast():
+                return self.vit(images)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return self.vit(images)
 
@@ -502,7 +567,7 @@ class Blip2(nn.Module):
         """
         B = len(batch)
         fetched, image_neg = fetch_rows(image_tokens, image_neg)
-        if len(fetched):  # photos of other processes; those that are here have their keys and values already
+        if world()[1] > 1:  # photos of other processes; those that are here have their keys and values already
             foreign_kv = self.image_kv(fetched)
             image_kv = [
                 (torch.cat((k, fk)), torch.cat((v, fv))) for (k, v), (fk, fv) in zip(image_kv, foreign_kv, strict=True)
@@ -526,16 +591,21 @@ class Blip2(nn.Module):
     # --- stage 2 -----------------------------------------------------------------------------------------------------
 
     def stage2_losses(self, batch: Batch, totals: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Language modelling of paper 3.3 on one batch: what the frozen language model says of the photos' captions.
+        """Language modelling of paper 3.3 on one batch: what the frozen language model says of the photos' captions, or
+        in fine-tuning of captions behind a prompt and of answers behind their questions.
 
-        With OPT of the whole caption; with T5 of its second part, given the first (prefix LM). totals: from
+        Captions alone: with OPT the whole caption; with T5 its second part, given the first (prefix LM). totals: from
         `stage2_totals`, the words of the whole step; by default those of this batch over all processes.
         """
         if totals is None:
             totals = stage2_totals([batch])
         with self.autocast():
             image_tokens = batch.image_tokens if batch.images is None else self.image_tokens(batch.images)
-            query_out = self.qformer.encode_queries(self.image_kv(image_tokens))  # (B, Q, D)
+            image_kv = self.image_kv(image_tokens)
+            if self.conditioned:  # the queries see the question too (Figure 7); only they go on
+                query_out, _ = self.qformer("itm", batch.text_ids, batch.text_mask, image_kv)
+            else:
+                query_out = self.qformer.encode_queries(image_kv)  # (B, Q, D)
         prompt, prompt_mask = self.llm_prompt(query_out, batch.prompt_ids, batch.prompt_mask)
         logits = self.llm(prompt, prompt_mask, batch.target_ids, batch.label_rows)
         return {"lm": lm_loss(logits, batch.target_ids.flatten()[batch.label_rows], totals["lm"])}
@@ -598,7 +668,7 @@ class Blip2(nn.Module):
             with self.autocast():
                 text_cls = self.qformer.encode_text(text_ids.to(self.device), text_mask.to(self.device))[:, 0]
                 cls[rows], feats[rows] = text_cls.float(), self.text_feats(text_cls)
-        return EncodedTexts(ids, cls, feats)
+        return EncodedTexts(*pad(ids, self.texts.pad_id), cls, feats)
 
     @torch.no_grad()
     def itc_scores(self, images, texts) -> Tensor:
@@ -610,7 +680,7 @@ class Blip2(nn.Module):
     def itm_scores(self, images, texts) -> Tensor:
         """Probability that photo n and text m match, for N photos and M texts -> (N, M)."""
         images, texts = self.encode_image(images), self.encode_text(texts)
-        N, M = len(images.feats), len(texts.ids)
+        N, M = len(images.feats), len(texts.feats)
         logits = self.match_logits(images, texts, torch.arange(N).repeat_interleave(M), torch.arange(M).repeat(N))
         return logits.softmax(dim=1)[:, 1].view(N, M)
 
@@ -623,8 +693,17 @@ class Blip2(nn.Module):
         Any pairs, in any order: each photo's keys and values are computed once for all its pairs, and pairs with texts
         of similar length go together.
         """
-        lengths = torch.tensor([len(ids) for ids in texts.ids])[text_rows]
         logits = torch.empty(len(image_rows), 2, device=self.device)
+        for chunk, query_out in self.joint_passes(images, texts.ids, texts.mask, image_rows, text_rows, batch_size):
+            with self.autocast():
+                logits[chunk] = self.itm_logits(query_out)
+        return logits
+
+    def joint_passes(
+        self, images: EncodedImages, ids: Tensor, mask: Tensor, image_rows: Tensor, text_rows: Tensor, batch_size: int
+    ):
+        """The bi-directional pass over the pairs of `match_logits` -> (which of them, their query_out (n, Q, D))."""
+        lengths = mask.sum(dim=1)[text_rows]
         for photos in batches_of(torch.unique(image_rows), 32):
             with self.autocast():
                 image_kv = self.image_kv(images.tokens[photos].to(self.device))
@@ -632,27 +711,47 @@ class Blip2(nn.Module):
             pairs = pairs[lengths[pairs].argsort()]
             for chunk in batches_of(pairs, batch_size):
                 rows = torch.searchsorted(photos, image_rows[chunk]).to(self.device)
-                ids, mask = pad([texts.ids[row] for row in text_rows[chunk].tolist()], self.texts.pad_id)
+                longest = -(-int(lengths[chunk[-1]]) // 8) * 8  # as `pad` rounds
+                text, real = (t[text_rows[chunk], :longest].to(self.device) for t in (ids, mask))
                 with self.autocast():
                     kv = [(k[rows], v[rows]) for k, v in image_kv]
-                    query_out, _ = self.qformer("itm", ids.to(self.device), mask.to(self.device), kv)
-                    logits[chunk.to(self.device)] = self.itm_logits(query_out)
-        return logits
+                    query_out, _ = self.qformer("itm", text, real, kv)
+                yield chunk.to(self.device), query_out
+
+    def seen_with(self, images: EncodedImages, rows: list[int], questions: list) -> tuple[EncodedImages, list[int]]:
+        """What the queries see of the photo of each question: the same for all, or with the question in view (paper
+        Figure 7) -> the features, and each question's row in them."""
+        if not self.conditioned:
+            return images, rows
+        last = [question if isinstance(question, str) else question[-1] for question in questions]
+        (ids, mask), n = pad(self.texts.encode(last), self.texts.pad_id), len(rows)
+        query_out = torch.empty(n, *images.query_out.shape[1:], device=self.device)
+        for chunk, out in self.joint_passes(images, ids, mask, torch.tensor(rows), torch.arange(n), 256):
+            query_out[chunk] = out.float()
+        return images._replace(query_out=query_out), list(range(n))
 
     @torch.no_grad()
     def caption(
-        self, images, prompt: str = "", max_new_tokens: int = 30, num_beams: int = 5, batch_size: int = 64, **decoding
+        self,
+        images,
+        prompt: str | None = None,
+        max_new_tokens: int = 30,
+        num_beams: int = 5,
+        batch_size: int = 64,
+        **decoding,
     ):
         """Captions: a string for each photo; for a single photo that is not in a list, its string.
 
-        With a language model, the caption goes on from the prompt. Without one (after stage 1) the Q-Former alone
-        captions (ITG). decoding: see `generate.generate`; with num_captions above 1, a list of strings for each photo.
+        With a language model, the caption goes on from the prompt, by default the one it was fine-tuned with. Without a
+        language model (after stage 1) the Q-Former alone captions (ITG). decoding: see `generate.generate`; with
+        num_captions above 1, a list of strings for each photo.
         """
         encoded, several = self.encode_image(images), decoding.get("num_captions", 1) > 1
         decoding = dict(max_new_tokens=max_new_tokens, num_beams=num_beams, min_new_tokens=1) | decoding
         if self.llm is not None:
             rows = list(range(len(encoded.tokens)))
-            captions = self.write(encoded, rows, [prompt] * len(rows), batch_size, **decoding)
+            prompts = [self.prompt if prompt is None else prompt] * len(rows)
+            captions = self.write(encoded, rows, prompts, batch_size, **decoding)
         elif prompt:
             raise UserError(f"got the prompt {prompt!r} for a model without a language model: leave it out")
         elif "itg" in self.sources.get("lacks", ()):
@@ -684,7 +783,8 @@ class Blip2(nn.Module):
         encoded = self.encode_image(images)
         asked = Asked(questions, None if is_single(images) else len(encoded.tokens))
         prompts = [ask_in(template or self.template, question) for question in asked.questions]
-        answers = self.write(encoded, asked.rows, prompts, batch_size, **(ANSWERS | decoding))
+        encoded, rows = self.seen_with(encoded, asked.rows, asked.questions)
+        answers = self.write(encoded, rows, prompts, batch_size, **(ANSWERS | decoding))
         several = decoding.get("num_captions", 1) > 1
         return asked.shaped(answers if several else [group[0] for group in answers])
 
@@ -701,7 +801,8 @@ class Blip2(nn.Module):
         encoded = self.encode_image(images)
         asked = Asked(questions, None if is_single(images) else len(encoded.tokens))
         prompts = [ask_in(template or self.template, question) for question in asked.questions]
-        total, mean = self.log_probs(encoded, asked.rows, prompts, candidates, batch_size)
+        encoded, rows = self.seen_with(encoded, asked.rows, asked.questions)
+        total, mean = self.log_probs(encoded, rows, prompts, candidates, batch_size)
         ranked = [
             [Ranked(candidates[i], total[row, i].item(), mean[row, i].item()) for i in order]
             for row, order in enumerate(total.argsort(dim=1, descending=True, stable=True).tolist())

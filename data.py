@@ -1,11 +1,11 @@
 """From files to batches: photos, captions, tokens, and which sample comes when.
 
-A photo set is a list of photos with captions: the built-in shapes world (shapes.py), or an annotation file beside a
-folder of photos (`Annotations`). `Texts` (BERT) and `LLMTexts` tokenize, `TrainBatches` makes a `Batch`, `StepSampler`
-says of what.
+A photo set is a list of photos with captions, or of photos with a question and its answers: the built-in shapes world
+(shapes.py), or an annotation file beside a folder of photos (`Annotations`). `Texts` (BERT), `LLMTexts` and, for
+fine-tuning, `PromptedTexts` and `QuestionTexts` tokenize, `TrainBatches` makes a `Batch`, `StepSampler` says of what.
 
-Whatever is random about a sample (which caption, crop, flip) is drawn from (seed, its position in the run). So the
-data of step n are the same for any number of processes and workers, and after a resume.
+Whatever is random about a sample (which caption or answer, crop, flip) is drawn from (seed, its position in the run).
+So the data of step n are the same for any number of processes and workers, and after a resume.
 """
 
 import hashlib
@@ -146,6 +146,11 @@ def clean_caption(caption: str, max_words: int = 50) -> str:
     return " ".join(caption.split(" ")[:max_words])
 
 
+def clean_question(question: str, max_words: int = 50) -> str:
+    """The original's question cleaning: as for captions, but what is taken out leaves no space behind."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', "", question.lower()).rstrip(" ").split(" ")[:max_words])
+
+
 def says_left_or_right(captions: list[str]) -> bool:
     """A mirrored photo would make such a caption false."""
     return any(re.search(r"\b(left|right)", caption.lower()) for caption in captions)
@@ -194,9 +199,9 @@ class Texts:
         """Ids, special tokens skipped, to a string."""
         return self.tokenizer.decode(ids)
 
-    def batch(self, captions: list[str], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
-        """What stage 1 learns of."""
-        ids = self.encode(captions)
+    def batch(self, drawn: list["Drawn"], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
+        """What stage 1 learns of: captions."""
+        ids = self.encode([text for _, text in drawn])
         truncated = sum(len(tokens) == self.max_tokens for tokens in ids)
         return make_batch(ids, self.pad_id, image_ids, truncated=truncated, **rest)
 
@@ -261,22 +266,65 @@ class LLMTexts:
         """Ids, special tokens skipped, to a string without space around it."""
         return self.tokenizer.decode(ids).strip()
 
-    def batch(self, captions: list[str], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
+    def batch(self, drawn: list["Drawn"], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
         """What stage 2 learns of: the caption; or its second part given the first, cut at random (prefix LM)."""
-        pairs = [("", clean_caption(caption)) for caption in captions]
+        pairs = [("", clean_caption(caption)) for _, caption in drawn]
         if self.layout.prefix_lm:
             rngs = map(np.random.default_rng, seeds)
             pairs = [cut_in_two(caption, rng) for (_, caption), rng in zip(pairs, rngs)]
+        return self.pairs_batch(pairs, image_ids, **rest)
+
+    def pairs_batch(self, pairs: list[tuple[str, str]], image_ids: list[int], **rest) -> "Batch":
+        """(prompt, what shall be written behind it) each; both are cut where they are too long."""
         prompts, texts = map(list, zip(*pairs, strict=True))
         prompt_ids, target_ids, truncated = self.encode_prompts(prompts), self.encode_texts(texts, prompts), 0
         for row, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
-            # OPT's text counts from [BOS] on, T5's two sides count each for itself, as in the original.
-            room = self.max_tokens - (0 if self.layout.prefix_lm else len(prompt))
+            # OPT's text counts from [BOS] on, T5's two sides count each for itself, as in the original; and so do a
+            # prompt and its answer.
+            room = self.max_tokens - (0 if self.layout.prefix_lm or prompts[row] else len(prompt))
             truncated += len(prompt) > self.max_tokens or len(target) > room
             prompt_ids[row] = cut_short(prompt, self.max_tokens, self.end)
             target_ids[row] = cut_short(target, room, [self.end_id])
         side = self.layout.pads
         return make_llm_batch(prompt_ids, target_ids, self.pad_id, side, image_ids, truncated=truncated, **rest)
+
+    def question_prompt(self, template: str, question: str) -> str:
+        """The question in the template; of one that is too long, the first words."""
+        words = question.split()
+        while len(words) > 1 and len(self.encode_prompts([ask_in(template, " ".join(words))])[0]) > self.max_tokens:
+            words.pop()
+        return ask_in(template, " ".join(words))
+
+
+@dataclass
+class PromptedTexts:
+    """What fine-tuning for captions learns of (paper, Table 7): the caption behind a prompt."""
+
+    texts: LLMTexts
+    prompt: str
+
+    def batch(self, drawn: list["Drawn"], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
+        """See `LLMTexts.batch`."""
+        return self.texts.pairs_batch([(self.prompt, clean_caption(text)) for _, text in drawn], image_ids, **rest)
+
+
+@dataclass
+class QuestionTexts:
+    """What fine-tuning for VQA learns of (paper 4.3): the answer behind its question, which the Q-Former reads as well
+    (Figure 7) if `qformer_texts` are given."""
+
+    texts: LLMTexts
+    template: str
+    qformer_texts: Texts | None
+
+    def batch(self, drawn: list["Drawn"], seeds: list[list[int]], image_ids: list[int], **rest) -> "Batch":
+        """See `LLMTexts.batch`."""
+        pairs = [(self.texts.question_prompt(self.template, question), answer) for question, answer in drawn]
+        batch = self.texts.pairs_batch(pairs, image_ids, **rest)
+        if self.qformer_texts is None:
+            return batch
+        text_ids, text_mask = pad(self.qformer_texts.encode([q for q, _ in drawn]), self.qformer_texts.pad_id)
+        return replace(batch, text_ids=text_ids, text_mask=text_mask)
 
 
 def cut_short(ids: list[int], room: int, end: list[int]) -> list[int]:
@@ -293,7 +341,7 @@ def cut_in_two(caption: str, rng: np.random.Generator) -> tuple[str, str]:
 
 def pad(ids: list[list[int]], pad_id: int, side: str = "right", multiple: int = 8) -> tuple[Tensor, Tensor]:
     """Token lists -> ids (B, T) and mask (B, T) bool; T is the longest, rounded up to 8 for the matrix units."""
-    longest = -(-max(map(len, ids)) // multiple) * multiple
+    longest = -(-max(map(len, ids), default=0) // multiple) * multiple
     padded, mask = torch.full((len(ids), longest), pad_id), torch.zeros(len(ids), longest, dtype=torch.bool)
     for row, real, tokens in zip(padded, mask, ids, strict=True):
         place = slice(longest - len(tokens), None) if side == "left" else slice(len(tokens))
@@ -315,11 +363,15 @@ def ask_in(template: str, turns) -> str:
 # --- photo sets ------------------------------------------------------------------------------------------------------
 
 
+Drawn = tuple[str, str]  # what a step of training shows of a photo: "" and a caption, or a question and an answer
+
+
 class Annotations:
     """An annotation file beside a folder of photos.
 
     .json:  [{"image": "a.jpg", "caption": "..." or ["...", ...], "image_id": optional}, ...], or Karpathy's
-            {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}, ...]}, ...]}
+            {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}, ...]}, ...]}; or, with `questions`,
+            [{"image": "a.jpg", "question": "...", "answer": "..." or ["...", ...], "question_id": optional}, ...]
     .jsonl: one such record a line
 
     Photos are looked for in `images`, by default the file's own folder. All records are checked at once; afterwards
@@ -328,26 +380,33 @@ class Annotations:
 
     neighbours = 1  # every photo stands for itself
 
-    def __init__(self, path: str | Path, split: str = "train", images: str | Path | None = None):
-        self.path, self.folder = Path(path), Path(images or Path(path).parent)
+    def __init__(
+        self, path: str | Path, split: str = "train", images: str | Path | None = None, questions: bool = False
+    ):
+        self.path, self.folder, self.asks = Path(path), Path(images or Path(path).parent), questions
+        self.texts, self.unanswered = 0, 0  # captions or questions of all photos; questions without an answer
         lines = [json.dumps(record).encode() for record in self.check(read_records(self.path, split))]
         self.offsets = np.cumsum([0] + [len(line) for line in lines])
         self.bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)
 
     def check(self, records: list[dict]):
-        """Every record as (image, captions, id); UserError with the first bad ones."""
-        problems = []
+        """Every record, its captions or answers as a list; UserError with the first bad ones."""
+        what, problems = "answer" if self.asks else "caption", []
+        needed = "question" if self.asks else "caption"
         for number, record in enumerate(records):
-            if not isinstance(record, dict) or not isinstance(record.get("image"), str) or "caption" not in record:
+            if not isinstance(record, dict) or not isinstance(record.get("image"), str) or needed not in record:
                 got = sorted(record) if isinstance(record, dict) else type(record).__name__
-                problems.append(f'record {number} has {got}, expected "image" and "caption"')
+                problems.append(f'record {number} has {got}, expected "image" and "{needed}"')
                 continue
-            captions = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
-            if not captions or not all(isinstance(caption, str) and clean_caption(caption) for caption in captions):
-                problems.append(f"record {number} ({record['image']}) has an empty caption: write one, or take it out")
+            texts = record.get(what, [])  # a question of a test set has no answer
+            texts = texts if isinstance(texts, list) else [texts]
+            empty = not texts and not self.asks
+            if empty or not all(isinstance(text, str) and clean_caption(text) for text in texts):
+                problems.append(f"record {number} ({record['image']}) has an empty {what}: write one, or take it out")
                 continue
-            image_id = record.get("image_id")
-            yield record["image"], captions, str(record["image"] if image_id is None else image_id)
+            self.texts += 1 if self.asks else len(texts)
+            self.unanswered += self.asks and not texts
+            yield record | {what: texts}
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise UserError(f"{self.path}: {'; '.join(problems[:3])}{more}")
@@ -355,21 +414,28 @@ class Annotations:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def record(self, index: int) -> tuple[str, list[str], str]:
-        """(image, captions, id) as written in the file."""
+    def record(self, index: int) -> dict:
+        """As written in the file, but "caption" and "answer" are always lists."""
         return json.loads(self.bytes[self.offsets[index] : self.offsets[index + 1]].tobytes())
 
     def captions(self, index: int) -> list[str]:
         """The photo's captions, one or several."""
-        return self.record(index)[1]
+        return self.record(index)["caption"]
+
+    def draw(self, index: int, rng: np.random.Generator) -> Drawn:
+        """What a step of training shows: one of the captions, or the question and one of its answers, by how many
+        people gave it."""
+        record = self.record(index)
+        return record.get("question", ""), choose(record["answer" if self.asks else "caption"], rng)
 
     def key(self, index: int) -> str:
         """What makes it this photo: its image_id, else its file name. Equal keys are one photo."""
-        return self.record(index)[2]
+        record = self.record(index)
+        return str(record["image"] if record.get("image_id") is None else record["image_id"])
 
     def name(self, index: int) -> str:
         """The photo's path."""
-        return str(self.folder / self.record(index)[0])
+        return str(self.folder / self.record(index)["image"])
 
     def picture(self, index: int) -> Image.Image:
         """The photo, upright, RGB."""
@@ -377,7 +443,13 @@ class Annotations:
 
     def train_view(self, index: int, size: int, rng: np.random.Generator) -> Tensor:
         """The photo as a step of training sees it: a random crop, mirrored or not."""
-        return train_transform(self.picture(index), size, rng, flip=not says_left_or_right(self.captions(index)))
+        record = self.record(index)
+        texts = [record["question"], *record["answer"]] if self.asks else record["caption"]
+        return train_transform(open_picture(self.folder / record["image"]), size, rng, not says_left_or_right(texts))
+
+    def content_sha256(self) -> str:
+        """Of all records: which split of which data set it is."""
+        return hashlib.sha256(self.bytes.tobytes()).hexdigest()
 
     def fingerprint(self) -> str:
         """Changes when any photo or their order does."""
@@ -440,9 +512,24 @@ def karpathy_records(path: Path, images: list[dict], split: str) -> list[dict]:
 class Shapes(shapes.ShapesWorld):
     """The shapes world as a photo set."""
 
+    asks, unanswered = False, 0
+
+    @property
+    def texts(self) -> int:
+        """An epoch shows each picture once."""
+        return len(self)
+
+    def content_sha256(self) -> str:
+        """Changes with the code that tells."""
+        return hashlib.sha256(self.fingerprint().encode()).hexdigest()
+
     def key(self, index: int) -> str:
         """Every picture is a photo of its own."""
         return str(index)
+
+    def draw(self, index: int, rng: np.random.Generator) -> Drawn:
+        """One of the captions."""
+        return "", choose(self.captions(index), rng)
 
     def name(self, index: int) -> str:
         """For messages."""
@@ -453,8 +540,19 @@ class Shapes(shapes.ShapesWorld):
         return eval_transform(self.picture(index), size)
 
     def fingerprint(self) -> str:
-        """Changes with the code that draws."""
+        """Changes with the code that draws and tells."""
         return hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest() + f" {self.split} {self.size}"
+
+
+class ShapesQuestions(Shapes):
+    """The shapes world with one of the questions about a picture at a time."""
+
+    neighbours, asks = 1, True  # nothing is compared, so twins need not be together
+
+    def draw(self, index: int, rng: np.random.Generator) -> Drawn:
+        """A question and its answer."""
+        _, question, answer = choose(self.questions(index), rng)
+        return question, answer
 
 
 class Mixture:
@@ -467,6 +565,7 @@ class Mixture:
         self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
         whole = len(parts) == 1 and chosen is None
         self.neighbours = parts[0].neighbours if whole else 1  # so many photos in a row belong together
+        self.asks = parts[0].asks  # are there questions, or captions?
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -481,6 +580,16 @@ class Mixture:
         """The photo's captions."""
         part, row = self.find(index)
         return self.parts[part].captions(row)
+
+    def draw(self, index: int, rng: np.random.Generator) -> Drawn:
+        """What a step of training shows of the photo."""
+        part, row = self.find(index)
+        return self.parts[part].draw(row, rng)
+
+    def record(self, index: int) -> dict:
+        """As in the annotation file."""
+        part, row = self.find(index)
+        return self.parts[part].record(row)
 
     def picture(self, index: int) -> Image.Image:
         """The photo."""
@@ -505,16 +614,25 @@ class Mixture:
 
     def tokens(self, rows: list[int]) -> Tensor:
         """Cached ViT tokens (n, P, V) of some photos. Raises UserError for a photo that could not be read."""
-        rows = self.chosen[rows].tolist()
-        for row in rows:
-            if row in self.cached.broken:
-                raise UserError(self.cached.broken[row])
-        return torch.from_numpy(self.cached.tokens[rows])
+        slots = self.cached.slots[self.chosen[rows]].tolist()
+        for slot in slots:
+            if slot in self.cached.broken:
+                raise UserError(self.cached.broken[slot])
+        return torch.from_numpy(self.cached.tokens[slots])
 
     def fingerprint(self) -> str:
         """Changes when any photo, or their order, does."""
         parts = " ".join(part.fingerprint() for part in self.parts)
         return hashlib.sha256(parts.encode() + self.chosen.tobytes()).hexdigest()
+
+    def texts(self) -> int:
+        """How many captions, or questions, there are: what an epoch shows."""
+        whole = sum(part.texts for part in self.parts)
+        return whole if len(self) == self.starts[-1] else round(whole * len(self) / self.starts[-1])
+
+    def content_sha256(self) -> str:
+        """Changes when any text does."""
+        return hashlib.sha256(" ".join(part.content_sha256() for part in self.parts).encode()).hexdigest()
 
     def held_out(self, photos: int) -> tuple["Mixture", "Mixture"]:
         """(the rest, `photos` photos): the same choice always, and no photo on both sides."""
@@ -528,19 +646,28 @@ class Mixture:
         return Mixture(self.parts, self.chosen[~out], self.cached), Mixture(self.parts, self.chosen[out], self.cached)
 
 
-def open_photos(specs: list[str], split: str, image_size: int, images: str | None = None) -> Mixture:
-    """What `--data` names: "shapes" or annotation files, several are mixed."""
+def open_photos(
+    specs: list[str], split: str, image_size: int, images: str | None = None, questions: bool = False
+) -> Mixture:
+    """What `--data` names: "shapes" or annotation files, several are mixed; with captions, or with questions."""
+    world = ShapesQuestions if questions else Shapes
     return Mixture(
-        [Shapes(split, image_size) if spec == "shapes" else Annotations(spec, split, images) for spec in specs]
+        [
+            world(split, image_size) if spec == "shapes" else Annotations(spec, split, images, questions)
+            for spec in specs
+        ]
     )
 
 
 class CachedTokens:
-    """A memory-mapped fp16 file of the frozen ViT's tokens, a row a photo, and which photos could not be read."""
+    """A memory-mapped fp16 file of the frozen ViT's tokens, a slot a photo, and which photos could not be read.
 
-    def __init__(self, path: Path):
-        self.tokens = np.load(path, mmap_mode="r")  # (photos, P, V)
-        self.broken = {int(row): reason for row, reason in read_json(path.with_suffix(".json")).items()}
+    slots: of each row of the photo set, the slot of its photo; several questions about a photo share it.
+    """
+
+    def __init__(self, path: Path, slots: np.ndarray):
+        self.tokens, self.slots = np.load(path, mmap_mode="r"), slots  # (photos, P, V), (rows,)
+        self.broken = {int(slot): reason for slot, reason in read_json(path.with_suffix(".json")).items()}
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -549,7 +676,7 @@ class CachedTokens:
 @dataclass
 class Batch:
     """One micro-batch of one process. Either `images` or, from the cache, `image_tokens` is there; text for the
-    Q-Former (stage 1), or a prompt and what the language model shall write behind it (stage 2)."""
+    Q-Former (stage 1), or a prompt and what the language model shall write behind it (stage 2), or all (VQA)."""
 
     image_ids: Tensor  # (B,) int64, equal where the photo is the same
     label_rows: Tensor  # (n,) those b * T + t where logits are read: of text with a next word, or of target
@@ -600,19 +727,21 @@ def make_llm_batch(
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The randomness of one sample; its first draw chooses the caption."""
+    """The randomness of one sample; its first draw chooses the caption or the answer."""
     return np.random.default_rng([seed, position])
 
 
-def choose_caption(captions: list[str], rng: np.random.Generator) -> str:
+def choose(texts: list, rng: np.random.Generator):
     """Paper 3.4: "randomly sample one at each pre-training step"."""
-    return captions[rng.integers(len(captions))]
+    return texts[rng.integers(len(texts))]
 
 
 class TrainBatches(Dataset):
     """(position, index) pairs of a step -> its Batch. A photo that cannot be read is replaced by the next that can."""
 
-    def __init__(self, photos: Mixture, texts: Texts | LLMTexts, image_size: int, seed: int):
+    def __init__(
+        self, photos: Mixture, texts: Texts | LLMTexts | PromptedTexts | QuestionTexts, image_size: int, seed: int
+    ):
         self.photos, self.texts, self.image_size, self.seed = photos, texts, image_size, seed
 
     def __len__(self) -> int:
@@ -620,28 +749,27 @@ class TrainBatches(Dataset):
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> Batch:
         found = [self.sample(position, index) for position, index in samples]
-        captions, rows, views, broken = zip(*found, strict=True)
+        drawn, rows, views, broken = zip(*found, strict=True)
         return self.texts.batch(
-            captions,
+            drawn,
             [[self.seed, position, 1] for position, _ in samples],  # of what a text is cut by
             [self.photos.image_id(row) for row in rows],
             **{"image_tokens" if self.photos.cached else "images": torch.stack(views)},
             broken=[photo for photos in broken for photo in photos],
         )
 
-    def sample(self, position: int, index: int) -> tuple[str, int, Tensor, list[tuple[str, str]]]:
-        """(caption, row, picture or its cached tokens, photos that could not be read on the way)."""
+    def sample(self, position: int, index: int) -> tuple[Drawn, int, Tensor, list[tuple[str, str]]]:
+        """(what is shown, row, picture or its cached tokens, photos that could not be read on the way)."""
         broken = []
         tries = min(100, len(self.photos))  # so many unreadable photos in a row are no accident
         for attempt in range(tries):
             row = (index + attempt) % len(self.photos)
             rng = sample_rng(self.seed, position)
-            captions = self.photos.captions(row)
-            caption = choose_caption(captions, rng)
+            drawn = self.photos.draw(row, rng)
             try:
                 if self.photos.cached:
-                    return caption, row, self.photos.tokens([row])[0], broken
-                return caption, row, self.photos.train_view(row, self.image_size, rng), broken
+                    return drawn, row, self.photos.tokens([row])[0], broken
+                return drawn, row, self.photos.train_view(row, self.image_size, rng), broken
             except UserError as error:
                 broken.append((self.photos.name(row), str(error)))
         raise UserError(f"none of {tries} photos in a row can be read; the last: {broken[-1][1]}")
@@ -718,7 +846,8 @@ class StepSampler(Sampler):
         first = epoch * len(self.photos) + window * size
         samples = [(first + place, int(index)) for place, index in enumerate(chosen)]
         groups = [samples[i : i + together] for i in range(0, len(samples), together)]
-        groups.sort(key=lambda group: max(map(self.caption_length, group)))
+        if not self.photos.asks:  # questions of a kind are equally long: a batch of them would pull one way
+            groups.sort(key=lambda group: max(map(self.caption_length, group)))
         samples = sum(groups, [])
         batches = [samples[i : i + self.global_batch] for i in range(0, len(samples), self.global_batch)]
         rng = np.random.default_rng([self.seed, epoch, window])
@@ -727,7 +856,7 @@ class StepSampler(Sampler):
     def caption_length(self, sample: tuple[int, int]) -> int:
         """Words of the caption that the sample will show."""
         position, index = sample
-        return len(choose_caption(self.photos.captions(index), sample_rng(self.seed, position)).split())
+        return len(self.photos.draw(index, sample_rng(self.seed, position))[1].split())
 
 
 def as_it_is(batch):
@@ -747,9 +876,8 @@ def train_loader(batches: TrainBatches, sampler: StepSampler, workers: int, pin:
     )
 
 
-def picture_loader(photos: Mixture, image_size: int, rows, workers: int = 0, batch_size: int = 64) -> DataLoader:
-    """`EvalPictures` of some rows, in order."""
-    batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+def picture_loader(photos: Mixture, image_size: int, batches: list[list[int]], workers: int = 0) -> DataLoader:
+    """`EvalPictures` of batches of rows, in order."""
     return DataLoader(
         EvalPictures(photos, image_size),
         batch_sampler=batches,

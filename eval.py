@@ -3,23 +3,33 @@
     python eval.py ask                                          answers about a built-in picture; --image for your own
     python eval.py retrieval --checkpoint runs/stage1           captions for pictures and pictures for captions
     python eval.py answers --checkpoint runs/stage2             questions about pictures of the shapes world
-    python eval.py captions --checkpoint runs/stage2 --data a.json      BLEU and CIDEr
+    python eval.py captions --checkpoint runs/stage2 --data a.json      BLEU, ROUGE-L and CIDEr
+    python eval.py vqa --checkpoint runs/vqa --data a.json      VQA accuracy
+    python eval.py features --checkpoint runs/stage1 --images DIR --out features.safetensors
+
+Every choice of an evaluation (prompt, beams, lengths, resolution, ...) is frozen in one of `PRESETS`, and written into
+the result together with a hash of the split. The same on any number of processes; with --out, an interrupted evaluation
+goes on where it stopped.
 
 Retrieval (paper 4.4): candidates are ranked by ITC, then the first k are put in the order of ITM. Each photo goes
-through the ViT once, each needed pair through the ITM pass once. Works the same on any number of processes.
+through the ViT once, each needed pair through the ITM pass once.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import shapes
@@ -40,6 +50,7 @@ from data import (
     UserError,
     ask_in,
     clean_caption,
+    clean_question,
     open_photos,
     open_picture,
     pad,
@@ -47,11 +58,56 @@ from data import (
     read_json,
     say_sentence,
 )
+from explain import draw_attention
 from generate import generate
-from losses import all_gather, gather_objects, say, start_processes, world
-from metrics import bleu, caption_words, chance, cider, ranks, recalls, reranked_ranks
+from losses import all_gather, barrier, gather_objects, say, start_processes, world
+from metrics import (
+    any_match,
+    bleu,
+    caption_words,
+    chance,
+    cider,
+    direct_answer_accuracy,
+    gqa_match,
+    ranks,
+    recalls,
+    reranked_ranks,
+    rouge_l,
+    vqa_accuracy,
+)
 
 K_RERANK = 128  # the original's and, by its code, the paper's
+PHOTOS, TEXTS = 64, 256  # in a batch
+METRICS = {  # of one answer, given what people have answered
+    "vqa": vqa_accuracy,  # VQAv2, OK-VQA: a tenth of the people may be wrong
+    "gqa": gqa_match,
+    "direct": direct_answer_accuracy,  # A-OKVQA
+    "any": any_match,  # where there are fewer answers than ten
+}
+
+# How text is generated, and what else decides about the numbers of an evaluation. A preset never changes: if a choice
+# turns out to be wrong, a -v2 is added. None is the checkpoint's own. Sources: paper 4.1 to 4.4 and Tables 7 to 9; what
+# it leaves open (shortest captions, k, the split) is the original's. Prompts are lower-cased as there for zero-shot.
+WRITTEN = dict(num_beams=5, max_new_tokens=30, min_new_tokens=1, length_penalty=1.0, repetition_penalty=1.0)
+COCO = WRITTEN | dict(min_new_tokens=8)
+CAPTIONS = dict(task="captions", split="test", image_size=None, prompt=None)
+QUESTIONS = dict(task="vqa", split="val", image_size=None, template=None, clean=False, metric=None)
+ZERO_SHOT = QUESTIONS | dict(image_size=224, clean=True, metric="vqa")
+RETRIEVAL = dict(task="retrieval", split="test", image_size=None, k=128, rerank="itm")
+PRESETS = {
+    "captions-v1": CAPTIONS | WRITTEN,
+    "coco-captions-v1": CAPTIONS | COCO | dict(image_size=364, prompt="a photo of"),  # Table 3
+    "nocaps-v1": CAPTIONS | COCO | dict(split="val", image_size=364, prompt="a photo of"),  # Tables 1 and 3
+    "vqa-v1": QUESTIONS | ANSWERS,
+    "vqav2-zeroshot-v1": ZERO_SHOT | ANSWERS,  # Table 2
+    "okvqa-zeroshot-v1": ZERO_SHOT | ANSWERS,
+    "gqa-zeroshot-v1": ZERO_SHOT | ANSWERS | dict(metric="gqa"),
+    "aokvqa-zeroshot-v1": ZERO_SHOT | ANSWERS | dict(metric="direct"),
+    "vqav2-v1": QUESTIONS | ANSWERS | dict(image_size=490, metric="vqa"),  # Table 4
+    "retrieval-v1": RETRIEVAL,
+    "coco-retrieval-v1": RETRIEVAL | dict(image_size=364),  # Table 5, fine-tuned
+    "flickr30k-retrieval-v1": RETRIEVAL | dict(image_size=364),  # Table 5, zero-shot by a model fine-tuned on COCO
+}
 
 
 def clock(seconds: float) -> str:
@@ -81,6 +137,25 @@ class Gallery:
         self.owner = torch.tensor(owner)
         self.positives = torch.arange(len(self.rows))[:, None] == self.owner  # (N, M)
 
+    def captions(self) -> list[list[str]]:
+        """Those of each photo."""
+        people = [[] for _ in self.rows]
+        for text, owner in zip(self.texts, self.owner.tolist(), strict=True):
+            people[owner].append(text)
+        return people
+
+    def field(self, photo: int, name: str):
+        """What the annotation file says of the photo under that name, if it does."""
+        part, row = self.photos.find(self.rows[photo])
+        return None if isinstance(self.photos.parts[part], Shapes) else self.photos.parts[part].record(row).get(name)
+
+    def public_id(self, photo: int) -> int | str:
+        """The image_id of the annotation file, as a number if it is one; else the name of the photo."""
+        image_id = self.field(photo, "image_id")
+        if image_id is None:
+            return Path(self.photos.name(self.rows[photo])).name
+        return int(image_id) if str(image_id).isdigit() else image_id
+
     def subsets(self) -> dict[str, Tensor]:
         """The named parts of the shapes world's test split -> photo numbers."""
         parts = self.photos.parts
@@ -90,27 +165,85 @@ class Gallery:
         return {name: torch.tensor([i for i, n in enumerate(names) if n == name]) for name in dict.fromkeys(names)}
 
 
-def shard(count: int) -> slice:
-    """Which of `count` things this process works on; the slices of all processes cover each once."""
-    rank, size = world()
-    return slice(count * rank // size, count * (rank + 1) // size)
+def shares(count: int, together: int = PHOTOS) -> list[slice]:
+    """Which of `count` things each process works on. Batches of `together` stay whole, so that a batch, and with it
+    every number, is the same for any number of processes."""
+    batches, size = -(-count // together), world()[1]
+    ends = [min(count, batches * rank // size * together) for rank in range(size + 1)]
+    return [slice(start, end) for start, end in zip(ends, ends[1:])]
 
 
-def gather_shards(x: Tensor, count: int) -> Tensor:
-    """The rows of all processes' shards -> (count, ...), in order."""
-    size = world()[1]
-    if size == 1:
+def shard(count: int, together: int = PHOTOS) -> slice:
+    """This process's share."""
+    return shares(count, together)[world()[0]]
+
+
+def gather_shards(x: Tensor, count: int, together: int = PHOTOS) -> Tensor:
+    """The rows of all processes' shares -> (count, ...), in order."""
+    sizes = [share.stop - share.start for share in shares(count, together)]
+    if len(sizes) == 1:
         return x
-    longest = -(-count // size)
-    padded = x.new_zeros(longest, *x.shape[1:])
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: len(x)] = x
-    parts = all_gather(padded).unflatten(0, (size, longest))
-    return torch.cat([part[: count * (r + 1) // size - count * r // size] for r, part in enumerate(parts)])
+    parts = all_gather(padded).unflatten(0, (len(sizes), max(sizes)))
+    return torch.cat([part[:rows] for part, rows in zip(parts, sizes)])
+
+
+class Kept:
+    """What an interrupted evaluation has done, in `folder`, so that it is not done again; without a folder, nothing is
+    kept. Each process writes the results of its batches as they come, and reads those of all."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.done: dict[str, object] = {}
+        lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.open()] if folder else []
+        for line in lines:
+            if line.endswith("\n"):  # else it was cut off
+                self.done |= json.loads(line)
+        if self.done:
+            say(f"going on with {folder}: {len(self.done):,} batches are there")
+        barrier()  # nobody writes before all have read
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = folder / f"{world()[0]}-{os.getpid()}.jsonl"  # a new one: the last line of an old may be cut
+
+    def add(self, name: str, result) -> None:
+        """Keep the result of a batch, which JSON must be able to hold."""
+        self.done[name] = result
+        if self.folder:
+            with open(self.file, "a") as file:
+                file.write(json.dumps({name: result}) + "\n")
+
+
+def by_batches(kept: Kept, name: str, count: int, work, together: int = PHOTOS) -> list:
+    """The results of work(rows) for all batches of `together` rows, in order; those of all processes.
+
+    `work` takes this process's batches that are not done yet, and yields their results one by one. What takes long
+    says how long.
+    """
+    batches = [range(start, min(count, start + together)) for start in range(0, count, together)]
+    mine = [i for i in range(len(batches))[shard(len(batches), 1)] if f"{name} {i}" not in kept.done]
+    started = said = time.time()
+    for number, (i, result) in enumerate(zip(mine, work([batches[i] for i in mine]), strict=True), start=1):
+        kept.add(f"{name} {i}", result)
+        if (now := time.time()) - said > 30:
+            eta = clock((now - started) / number * (len(mine) - number))
+            say(f"  {name.split()[0]}: {number:,} of {len(mine):,} batches, eta {eta}")
+            said = now
+    for part in gather_objects({f"{name} {i}": kept.done[f"{name} {i}"] for i in mine}):
+        kept.done |= part
+    return [kept.done[f"{name} {i}"] for i in range(len(batches))]
 
 
 @torch.no_grad()
 def retrieval(
-    model: Blip2, photos: Mixture, k: int = K_RERANK, rerank: str = "itm", match: bool = True, workers: int = 0
+    model: Blip2,
+    photos: Mixture,
+    k: int = K_RERANK,
+    rerank: str = "itm",
+    match: bool = True,
+    workers: int = 0,
+    kept: Kept | None = None,
 ) -> dict:
     """Recall at 1, 5, 10 in both directions, by ITC alone and re-ranked by ITM.
 
@@ -121,13 +254,15 @@ def retrieval(
     model.eval()
     gallery = Gallery(photos)
     N, M = gallery.positives.shape
-    mine, my_texts = shard(N), shard(M)
-
-    images = encode_photos(model, photos, gallery.rows[mine], workers)
-    texts = model.encode_text(gallery.texts[my_texts])
+    images = encode_photos(model, photos, gallery.rows[shard(N)], workers)
     feats = gather_shards(images.feats, N)
     ids = model.texts.encode(gallery.texts)
-    texts = EncodedTexts(ids, texts.cls[:0], gather_shards(texts.feats, M))  # nothing here reads the unprojected [CLS]
+    order = sorted(range(M), key=lambda i: len(ids[i]))  # so that a batch of any process needs little padding
+    mine = model.encode_text([gallery.texts[i] for i in order[shard(M, TEXTS)]], batch_size=TEXTS)
+    text_feats = torch.empty(M, model.embed_dim, device=model.device)
+    text_feats[order] = gather_shards(mine.feats, M, TEXTS)
+    padded = pad(ids, model.texts.pad_id)
+    texts = EncodedTexts(*padded, mine.cls[:0], text_feats)  # nothing here reads the unprojected [CLS]
     itc = torch.cat([model.itc_scores(EncodedImages(part, part, part), texts) for part in batches_of(feats, 64)]).cpu()
 
     itm = None
@@ -138,39 +273,43 @@ def retrieval(
         wanted |= torch.zeros(M, N, dtype=torch.bool).scatter_(1, itc.T.topk(min(k, N), dim=1).indices, True).T
         swapped = gallery.subsets().get("swapped", torch.arange(0)).view(-1, 2)
         wanted[swapped[:, :, None], swapped[:, None]] = True  # for `twins`, however far apart ITC has put them
-        judged = judge(model, images, texts, wanted[mine], rerank)
-        itm = gather_shards(judged, N).cpu() + (0 if rerank == "itm" else itc)
+        itm = judge(model, images, texts, wanted, rerank, kept or Kept(None)) + (0 if rerank == "itm" else itc)
     model.train(was_training)
-    return {**report(gallery, itc, itm, k), "rerank": rerank, "seconds": round(time.time() - started, 1)}
+    return {
+        "task": "retrieval",
+        **report(gallery, itc, itm, k),
+        "rerank": rerank,
+        "seconds": round(time.time() - started, 1),
+    }
 
 
-def judge(model: Blip2, images: EncodedImages, texts: EncodedTexts, wanted: Tensor, rerank: str) -> Tensor:
-    """ITM's score of the wanted pairs: (n, M) bool over this process's n photos -> (n, M), -inf for the others.
+def judge(model: Blip2, images: EncodedImages, texts: EncodedTexts, wanted: Tensor, rerank: str, kept: Kept) -> Tensor:
+    """ITM's score of the wanted pairs: (N, M) bool over all photos -> (N, M), -inf for the others; `images` are those
+    of this process's share.
 
-    The log-odds order pairs as the probability does, without its ties at 1. What takes long says how long.
+    The log-odds order pairs as the probability does, without its ties at 1.
     """
-    scores = torch.full(wanted.shape, float("-inf"), device=model.device)
-    started = said = time.time()
-    done, pairs = 0, int(wanted.sum())
-    for photos in batches_of(torch.arange(len(wanted)), 64):
-        rows, columns = wanted[photos].nonzero(as_tuple=True)
-        rows = photos[rows]
-        logits = model.match_logits(images, texts, rows, columns)
-        scores[rows, columns] = logits[:, 1] - (logits[:, 0] if rerank == "itm" else 0)
-        done, now = done + len(rows), time.time()
-        if now - said > 30:
-            say(f"  judged {done:,} of {pairs:,} pairs, eta {clock((now - started) / done * (pairs - done))}")
-            said = now
+    first = shard(len(wanted)).start
+
+    def work(batches: list[range]):
+        for photos in batches:
+            rows, columns = wanted[photos.start : photos.stop].nonzero(as_tuple=True)
+            logits = model.match_logits(images, texts, rows + photos.start - first, columns)
+            yield (logits[:, 1] - (logits[:, 0] if rerank == "itm" else 0)).tolist()
+
+    scores = torch.full(wanted.shape, float("-inf"))
+    pairs = hashlib.sha256(np.packbits(wanted.numpy()).tobytes()).hexdigest()[:12]
+    scores[wanted] = torch.tensor(sum(by_batches(kept, f"pairs {pairs}", len(wanted), work), []))
     return scores
 
 
-def encoded_batches(model: Blip2, photos: Mixture, rows: list[int], workers: int):
-    """Features of some photos, 64 at a time."""
+def encoded_batches(model: Blip2, photos: Mixture, batches: list[list[int]], workers: int):
+    """Features of some photos, batch by batch."""
     if photos.cached:
-        for part in batches_of(rows, 64):
-            yield model.encode_tokens(photos.tokens(part))
+        for rows in batches:
+            yield model.encode_tokens(photos.tokens(rows))
     else:
-        for _, broken, pictures in picture_loader(photos, model.image_size, rows, workers):
+        for _, broken, pictures in picture_loader(photos, model.image_size, batches, workers):
             for reason in broken.values():  # to leave a photo out would make the numbers incomparable
                 raise UserError(f"evaluation needs every photo: {reason}")
             yield model.encode_image(pictures)
@@ -182,7 +321,7 @@ def encode_photos(model: Blip2, photos: Mixture, rows: list[int], workers: int) 
         Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
         sizes = (0, 1, model.vit.cfg.width), (0, Q, D), (0, Q, E)
         return EncodedImages(*(torch.empty(size, device=model.device) for size in sizes))
-    parts = list(encoded_batches(model, photos, rows, workers))
+    parts = list(encoded_batches(model, photos, list(batches_of(rows, PHOTOS)), workers))
     return EncodedImages(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -278,59 +417,191 @@ def table(result: dict) -> str:
 
 
 @torch.no_grad()
-def captioning(model: Blip2, photos: Mixture, workers: int = 0, prompt: str = "") -> dict:
-    """BLEU-1 to 4 and CIDEr-D of the captions of all photos, beside those of shuffled photos, and some examples.
+def captioning(
+    model: Blip2, photos: Mixture, workers: int = 0, prompt: str | None = None, kept: Kept | None = None, **decoding
+) -> dict:
+    """BLEU-1 to 4, ROUGE-L and CIDEr-D of the captions of all photos, beside those of shuffled photos; some examples.
 
-    Beam search with 5 beams, at most 30 new tokens (paper, Table 7).
+    decoding: see `generate.generate`; by default that of the preset captions-v1. The photos of NoCaps are also counted
+    by domain.
     """
     started, was_training = time.time(), model.training
     model.eval()
     gallery = Gallery(photos)
-    N, captions = len(gallery.rows), []
-    for images in encoded_batches(model, photos, gallery.rows[shard(N)], workers):
-        captions += model.caption(images, prompt)
-    captions = sum(gather_objects(captions), [])
+    N, decoding = len(gallery.rows), decoding or WRITTEN
+
+    def work(batches: list[range]):
+        rows = [gallery.rows[batch.start : batch.stop] for batch in batches]
+        for images in encoded_batches(model, photos, rows, workers):
+            yield model.caption(images, prompt, **decoding)
+
+    captions = sum(by_batches(kept or Kept(None), "captions", N, work), [])
     model.train(was_training)
-    people = [[] for _ in range(N)]  # each photo's captions by people
-    for text, owner in zip(gallery.texts, gallery.owner.tolist(), strict=True):
-        people[owner].append(text)
+    people = gallery.captions()
     names = [photos.name(row) for row in gallery.rows]
     shuffled = captions[N // 2 :] + captions[: N // 2]  # to each photo what was said of another
+    domains = [gallery.field(photo, "domain") for photo in range(N)]
     every = max(1, N // 10)
     return {
+        "task": "captions",
         "photos": N,
         "distinct captions": len(set(captions)),
         **caption_scores(captions, people),
         "shuffled pictures": caption_scores(shuffled, people),
+        "domains": {
+            domain: caption_scores(*zip(*[(c, p) for c, p, d in zip(captions, people, domains) if d == domain]))
+            for domain in dict.fromkeys(domains)
+            if domain
+        },
         "examples": [{"picture": names[i], "caption": captions[i], "people": people[i]} for i in range(0, N, every)],
         "captions": dict(zip(names, captions, strict=True)),
+        # What the COCO server, and pycocoevalcap, read.
+        "predictions": [{"image_id": gallery.public_id(i), "caption": captions[i]} for i in range(N)],
         "seconds": round(time.time() - started, 1),
     }
 
 
 def caption_scores(captions: list[str], people: list[list[str]]) -> dict[str, float]:
-    """BLEU-1 to 4 and CIDEr-D, in per cent as papers give them."""
+    """BLEU-1 to 4, ROUGE-L and CIDEr-D, in per cent as papers give them; nothing where people have said nothing."""
+    if not all(people):
+        return {}
     said = [caption_words(caption) for caption in captions]
     references = [[caption_words(text) for text in texts] for texts in people]
     scores = {f"BLEU-{n + 1}": score for n, score in enumerate(bleu(said, references))}
-    return {name: 100 * score for name, score in (scores | {"CIDEr": cider(said, references)}).items()}
+    scores |= {"ROUGE-L": rouge_l(said, references), "CIDEr": cider(said, references)}
+    return {name: 100 * score for name, score in scores.items()}
 
 
 def caption_table(result: dict) -> str:
     """The result of `captioning` as a small table, and the examples."""
-    names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr")
+    names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
     lines = [
-        f"{result['photos']:,} photos, {result['distinct captions']:,} distinct captions, {result['seconds']:.0f} s",
-        f"{'':18}" + "".join(f"{name:>8}" for name in names),
+        f"{result['photos']:,} photos, {result['distinct captions']:,} distinct captions, {clock(result['seconds'])}"
     ]
-    for row, scores in (("shuffled photos", result["shuffled pictures"]), ("captions", result)):
-        lines.append(f"{row:18}" + "".join(f"{scores[name]:8.1f}" for name in names))
+    rows = [("shuffled photos", result["shuffled pictures"]), ("captions", result), *result["domains"].items()]
+    if "CIDEr" in result:
+        lines.append(f"{'':18}" + "".join(f"{name:>8}" for name in names))
+        lines += [f"{row:18}" + "".join(f"{scores[name]:8.1f}" for name in names) for row, scores in rows]
     for example in result["examples"]:
-        lines.append(f'{example["picture"]}: "{example["caption"]}"; a person: "{example["people"][0]}"')
+        person = f'; a person: "{example["people"][0]}"' if example["people"] else ""
+        lines.append(f'{example["picture"]}: "{example["caption"]}"{person}')
     return "\n".join(lines)
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def vqa(
+    model: Blip2,
+    photos: Mixture,
+    workers: int = 0,
+    template: str | None = None,
+    candidates: list[str] | None = None,
+    clean: bool = False,
+    metric: str | None = None,
+    kept: Kept | None = None,
+    **decoding,
+) -> dict:
+    """Accuracy of the answers to all questions, in per cent, also by type of answer and of question; some examples.
+
+    The model writes its answers, or with `candidates` takes the likeliest of these. clean: questions as the original
+    has them, see `data.clean_question`. metric: one of `METRICS`; if not given, the official one where each question
+    has ten answers, else whether the answer is one of those given. Each photo is encoded once for all its questions.
+    """
+    started, was_training = time.time(), model.training
+    model.eval()
+    records = [photos.record(row) for row in range(len(photos))]
+    asked: dict[int, list[int]] = {}  # image_id -> rows
+    for row in range(len(photos)):
+        asked.setdefault(photos.image_id(row), []).append(row)
+    groups = list(asked.values())
+
+    def work(batches: list[range]):
+        firsts = [[groups[i][0] for i in batch] for batch in batches]
+        for batch, images in zip(batches, encoded_batches(model, photos, firsts, workers), strict=True):
+            questions = [[records[row]["question"] for row in groups[i]] for i in batch]
+            if clean:
+                questions = [list(map(clean_question, group)) for group in questions]
+            if candidates:
+                ranked = model.rank(images, questions, candidates, template)
+                yield [[order[0].answer for order in group] for group in ranked]
+            else:
+                yield model.ask(images, questions, template, **(decoding or ANSWERS))
+
+    answers: list[str] = [""] * len(photos)
+    said = sum(by_batches(kept or Kept(None), "questions", len(groups), work), [])
+    for rows, texts in zip(groups, said, strict=True):
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
+    model.train(was_training)
+    every = max(1, len(records) // 10)
+    return {
+        "task": "vqa",
+        "photos": len(groups),
+        "questions": len(records),
+        **answer_scores(answers, records, metric),
+        "examples": [
+            {"picture": photos.name(row), "question": records[row]["question"], "answer": answers[row]}
+            | {"people": list(dict.fromkeys(records[row]["answer"]))}
+            for row in range(0, len(records), every)
+        ],
+        # What the VQA server reads.
+        "predictions": [
+            {"question_id": record.get("question_id", row), "answer": answer}
+            for row, (record, answer) in enumerate(zip(records, answers, strict=True))
+        ],
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def answer_scores(answers: list[str], records: list[dict], metric: str | None) -> dict:
+    """Accuracies in per cent, of the model and of who always says the most frequent answer; nothing for a test set
+    without answers."""
+    people = [record["answer"] for record in records]
+    if not all(people):
+        return {"metric": None}
+    metric = metric or ("vqa" if all(len(texts) == 10 for texts in people) else "any")
+    usual = Counter(text for texts in people for text in texts).most_common(1)[0][0]
+    found = {"metric": metric, "majority answer": usual}
+    for name, said in (("accuracy of the majority answer", [usual] * len(people)), ("accuracy", answers)):
+        right = [METRICS[metric](answer, texts) for answer, texts in zip(said, people, strict=True)]
+        found[name] = mean_percent(right)
+    for kind in ("answer_type", "question_type"):
+        by_kind: dict[str, list[float]] = {}
+        for record, value in zip(records, right, strict=True):
+            if kind in record:
+                by_kind.setdefault(str(record[kind]), []).append(value)
+        if by_kind:
+            found[f"by {kind}"] = {name: mean_percent(values) for name, values in sorted(by_kind.items())}
+    return found
+
+
+def mean_percent(values: list[float]) -> float:
+    """As the official tool rounds it."""
+    return round(100 * sum(values) / len(values), 2)
+
+
+def vqa_table(result: dict) -> str:
+    """The result of `vqa` in a few lines."""
+    lines = [f"{result['questions']:,} questions about {result['photos']:,} photos, {clock(result['seconds'])}"]
+    if "accuracy" in result:
+        lines.append(
+            f'accuracy {result["accuracy"]:.2f} % ({result["metric"]}); always "{result["majority answer"]}": '
+            f"{result['accuracy of the majority answer']:.2f} %"
+        )
+    for kind in ("answer_type", "question_type"):
+        if f"by {kind}" in result:
+            numbers = list(result[f"by {kind}"].items())
+            more = f", and {len(numbers) - 12} more" if len(numbers) > 12 else ""
+            lines.append(f"by {kind}: " + ", ".join(f"{name} {value:.2f}" for name, value in numbers[:12]) + more)
+    for e in result["examples"]:
+        people = f" ({', '.join(e['people'])})" if e["people"] else ""
+        lines.append(f"{e['picture']}: {e['question']} {e['answer']}{people}")
+    return "\n".join(lines)
+
+
+# --- answers in the shapes world --------------------------------------------------------------------------------------
 
 BLANK = Image.new("RGB", (64, 64), (178, 178, 178))  # the shapes world with nothing in it
 SEEN = "seen"  # questions in wordings, about pairs of colour and shape, that some text or picture has shown
@@ -368,8 +639,7 @@ def answering(model: Blip2, photos: Mixture, per_picture: int = 4, controls: boo
         said["the true caption as text"] = [[next(left) for _ in group] for group in texts]
         usual = majority_answers()
         said["the majority answer"] = [[usual[kind] for _, kind, _, _ in group] for group in asked]
-    captions = model.caption(images) if len(mine) else []
-    told = [caption in told_right(world_.scene(photos.find(row)[1])) for row, caption in zip(mine, captions)]
+    told = [right for *_, right in told_of(model, photos, list(mine), images)]
     rows = [
         {"picture": row, "subset": subset, "kind": kind, "question": question, "answer": answer}
         | {name: answers[i][j] for name, answers in said.items()}
@@ -386,6 +656,7 @@ def answering(model: Blip2, photos: Mixture, per_picture: int = 4, controls: boo
     kinds = dict.fromkeys(row["kind"] for row in rows)
     wrong = [row for row in rows if row["the picture"] != row["answer"]]
     return {
+        "task": "answers",
         "pictures": N,
         "questions": len(rows),
         "accuracy": {
@@ -402,6 +673,44 @@ def answering(model: Blip2, photos: Mixture, per_picture: int = 4, controls: boo
         ],
         "seconds": round(time.time() - started, 1),
     }
+
+
+@torch.no_grad()
+def telling(model: Blip2, photos: Mixture) -> dict:
+    """The share of pictures of the shapes world that are told right, in per cent: in one of the wordings."""
+    started, was_training = time.time(), model.training
+    model.eval()
+    mine = list(range(len(photos)))[shard(len(photos))]
+    told = sum(gather_objects(told_of(model, photos, mine, encode_photos(model, photos, mine, 0))), [])
+    model.train(was_training)
+    wrong = [{"picture": name, "said": said, "one of its own": own} for name, said, own, right in told if not right]
+    return {
+        "task": "telling",
+        "pictures": len(photos),
+        "captions right": 100 * (1 - len(wrong) / len(told)),
+        "mistakes": wrong[:: max(1, len(wrong) // 5)][:5],
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def told_of(model: Blip2, photos: Mixture, rows: list[int], images: EncodedImages) -> list[tuple[str, str, str, bool]]:
+    """Of some pictures of the shapes world: name, what the model says, what a person might, is the former true?"""
+    said = model.caption(images) if rows else []
+    scenes = [photos.parts[0].scene(photos.find(row)[1]) for row in rows]
+    return [
+        (photos.name(row), clean_caption(caption), photos.captions(row)[0], clean_caption(caption) in told_right(scene))
+        for row, caption, scene in zip(rows, said, scenes, strict=True)
+    ]
+
+
+def telling_table(result: dict) -> str:
+    """The result of `telling` in a few lines."""
+    lines = [
+        f"captions that are right: {result['captions right']:.1f} % of {result['pictures']:,} pictures, "
+        f"{clock(result['seconds'])}"
+    ]
+    lines += [f'mistake: {m["picture"]}: "{m["said"]}"; its own is "{m["one of its own"]}"' for m in result["mistakes"]]
+    return "\n".join(lines)
 
 
 def chosen_questions(world_: Shapes, index: int, count: int) -> list[tuple[str, str, str, str]]:
@@ -484,12 +793,18 @@ FIRST_QUESTIONS = ("how many shapes are there?", "what color is the star?", "is 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder, in the order of their names; at least one."""
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"{folder} has no pictures in it, expected a folder of files that end in {', '.join(PICTURES)}")
+    return paths
+
+
 def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
     """Caption, or answer about, a photo or all photos of a folder, as the command line says."""
     path, built_in = Path(args.image), args.image == PICTURE and model.llm is not None
-    paths = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
-    if not paths:
-        raise UserError(f"--image {path} has no pictures in it, expected files that end in {', '.join(PICTURES)}")
+    paths = pictures_in(path) if path.is_dir() else [path]
     questions = args.question or (list(FIRST_QUESTIONS) if built_in and not args.prompt else [])
     decoding = {"num_beams": args.beams}
     if args.max_new_tokens is not None:
@@ -507,6 +822,9 @@ def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
         if not readable:
             continue
         images = model.encode_image(list(readable.values()))
+        if args.attention:
+            ((name, picture),) = readable.items()
+            attend_to(model, picture, args)
         said = {} if args.question or args.prompt else {"caption": model.caption(images, **decoding)}
         if args.prompt:
             said[args.prompt] = model.ask(images, args.prompt, template="{}", **decoding)
@@ -515,6 +833,16 @@ def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
             say(f"{name}", *(f"  {asked}: {answers[i]}" for asked, answers in said.items()))
             rows.append({"image": str(name), **{asked: answers[i] for asked, answers in said.items()}})
     return rows
+
+
+def attend_to(model: Blip2, picture: Image.Image, args: argparse.Namespace) -> None:
+    """Draw where the queries look, as the command line says."""
+    caption = "" if args.prompt or args.question or "itg" in model.sources.get("lacks", ()) else model.caption(picture)
+    question = args.question[0] if args.question else ""
+    prompt = ask_in(model.template, question) if question and model.llm is not None else args.prompt or ""
+    drawn = draw_attention(model, picture, caption, args.queries or [], args.word or "", prompt, question)
+    drawn.save(args.attention)
+    say(f"where the queries look: {args.attention}")
 
 
 def chat(model: Blip2, path: Path) -> None:
@@ -533,7 +861,49 @@ def chat(model: Blip2, path: Path) -> None:
         turns.append((question, answer))
 
 
-def main(argv: list[str] | None = None) -> dict | list | None:
+REPORTS = {
+    "retrieval": ("retrieval.json", table),
+    "captions": ("captions.json", caption_table),
+    "vqa": ("answers.json", vqa_table),
+    "answers": ("answers.json", answer_table),
+    "telling": ("captions.json", telling_table),
+}
+
+
+def write_result(path: Path, result: dict) -> None:
+    """As JSON, whole or not at all; without the time it took, so that equal results are equal files, and without the
+    predictions, which have a file of their own."""
+    kept = {key: value for key, value in result.items() if key not in ("seconds", "predictions")}
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(kept, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def features(model: Blip2, args: argparse.Namespace) -> None:
+    """Write what the model makes of all pictures of a folder, and of the lines of a text file if there is one.
+
+    image_query_outputs (N, Q, D) are the queries behind the Q-Former; image_features (N, Q, E) are these, projected and
+    of unit length; text_features (M, E) likewise. itc_scores is the highest product of a text with the queries.
+    """
+    paths = pictures_in(Path(args.images))
+    texts = Path(args.texts).read_text(encoding="utf-8").splitlines() if args.texts else []
+    parts = [model.encode_image(batch) for batch in batches_of(paths[shard(len(paths))], PHOTOS)]
+    found = {}
+    Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
+    for name, field, shape in (("image_query_outputs", "query_out", (Q, D)), ("image_features", "feats", (Q, E))):
+        mine = [getattr(part, field) for part in parts] or [torch.empty(0, *shape, device=model.device)]
+        found[name] = gather_shards(torch.cat(mine), len(paths)).cpu()
+    if model.texts is None or model.llm is not None:
+        del found["image_features"]  # nothing has trained its projection since stage 1, or ever
+    if texts:
+        found["text_features"] = model.encode_text(texts).feats.cpu()
+    names = {"images": json.dumps([path.name for path in paths]), "texts": json.dumps(texts)}
+    if world()[0] == 0:
+        save_file(found, args.out, metadata=names)
+    say(*(f"{name} {tuple(tensor.shape)}" for name, tensor in found.items()), f"written to {args.out}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -542,8 +912,10 @@ def main(argv: list[str] | None = None) -> dict | list | None:
     about = {
         "ask": "caption a photo, or answer questions about it",
         "retrieval": "recall at 1, 5, 10 in both directions",
+        "captions": "BLEU, ROUGE-L and CIDEr-D of captions",
+        "vqa": "accuracy of answers to the questions of an annotation file",
         "answers": "share of right answers in the shapes world",
-        "captions": "BLEU and CIDEr-D of captions",
+        "features": "write the features of all pictures of a folder",
     }
     for command, help_ in about.items():
         p = commands.add_parser(command, help=help_)
@@ -555,63 +927,142 @@ def main(argv: list[str] | None = None) -> dict | list | None:
         p.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
         p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         p.add_argument("--image-size", type=int, help="of the pictures, if not that of the checkpoint")
-        p.add_argument("--out", help="write the result here as JSON")
+        p.add_argument("--out", help="write the result here", required=command == "features")
         if command == "ask":
             p.add_argument("--image", default=PICTURE, help="a photo, or a folder of them")
             p.add_argument("--question", action="append", help="put into the run's template; may be repeated")
             p.add_argument("--prompt", help="any text that the language model goes on from, as it is")
             p.add_argument("--chat", action="store_true", help="a conversation about one photo")
+            p.add_argument("--attention", help="draw where the queries look into this .png")
+            p.add_argument("--queries", type=int, nargs="+", help="which; default those that look at the fewest places")
+            p.add_argument("--word", help="with --attention: what speaks for this word")
             p.add_argument("--beams", type=int, default=5)
             p.add_argument("--max-new-tokens", type=int, help="default 30 for captions, 10 for answers")
-        if command in ("retrieval", "captions"):
-            p.add_argument("--data", action="append", help="shapes, or an annotation file; default shapes")
+        if command == "features":
+            p.add_argument("--images", required=True, help="the folder of the pictures")
+            p.add_argument("--texts", help="a text file: the features of its lines as well")
+        if command in ("retrieval", "captions", "vqa"):
+            names = [name for name, preset in PRESETS.items() if preset["task"] == command]
+            p.add_argument("--preset", default=f"{command}-v1", choices=names, help=f"default {command}-v1")
+            p.add_argument("--data", action="append", help="an annotation file, or shapes; default shapes")
             p.add_argument("--images", help="folder of the photos, if not beside the annotation file")
             p.add_argument("--workers", type=int, default=0, help="processes that decode photos")
-        if command in ("retrieval", "captions", "answers"):
-            p.add_argument("--split", default="test", help="of shapes and of Karpathy's files")
+        if command in ("retrieval", "captions", "vqa", "answers"):
+            p.add_argument("--split", help="of shapes and of Karpathy's files; default that of the preset")
         if command == "retrieval":
-            p.add_argument("--k", type=int, default=K_RERANK, help="how many candidates ITM puts in order")
-            p.add_argument("--rerank", default="itm", choices=("itm", "itm+itc"))
+            p.add_argument("--k", type=int, help="how many candidates ITM puts in order; default 128")
+            p.add_argument("--rerank", choices=("itm", "itm+itc"), help="default itm, as in the paper")
+        if command in ("captions", "vqa"):
+            p.add_argument("--beams", dest="num_beams", type=int, help="default 5")
+            p.add_argument("--max-new-tokens", type=int, help="default that of the preset")
+            p.add_argument("--predictions", help="write what was said here, as the task's evaluation server reads it")
         if command == "captions":
-            p.add_argument("--prompt", default="", help="what the captions go on from")
-    args = parser.parse_args(argv)
+            p.add_argument("--prompt", help="what the captions go on from")
+        if command == "vqa":
+            p.add_argument("--template", help="of the questions, with {} for the question")
+            p.add_argument("--candidates", help="a JSON list of answers, of which the likeliest is taken")
+    return parser.parse_args(argv)
 
-    if args.command == "retrieval" and args.k < 1:
-        raise UserError(f"got --k {args.k}, expected at least 1")
-    for flag in ("beams", "max_new_tokens") if args.command == "ask" else ():
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"got --{flag.replace('_', '-')} {getattr(args, flag)}, expected at least 1")
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, in a sentence, before anything is loaded."""
+    for name in ("k", "beams", "num_beams", "max_new_tokens"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise UserError(f"got --{name.replace('num_', '').replace('_', '-')} {value}, expected at least 1")
     if args.command == "ask" and args.chat and Path(args.image).is_dir():
         raise UserError(f"--chat is about one photo, {args.image} is a folder: pass --image with one of its files")
-    if args.out and not Path(args.out).parent.is_dir():
-        raise UserError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist, make it first")
+    if args.command == "ask":
+        if (args.word or args.queries) and not args.attention:
+            raise UserError("got --word or --queries, which say what --attention draws: add --attention out.png")
+        if args.attention and Path(args.attention).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UserError(f"--attention {args.attention} is no name of a picture: let it end in .png")
+        if args.attention and Path(args.image).is_dir():
+            raise UserError(
+                f"--attention is about one photo, {args.image} is a folder: pass --image with one of its files"
+            )
+    for flag in ("out", "predictions", "attention"):
+        path = getattr(args, flag, None)
+        if path and not Path(path).parent.is_dir():
+            raise UserError(f"--{flag} {path}: the folder {Path(path).parent} does not exist, make it first")
+
+
+def main(argv: list[str] | None = None) -> dict | list | None:
+    """The command line."""
+    args = parse(argv)
+    check(args)
     start_processes()
     device = local_device(args.device)
     precision, why = choose_precision(device, args.precision)
+    preset = dict(PRESETS.get(getattr(args, "preset", ""), {"image_size": None, "split": "test"}))
+    changed = {key: getattr(args, key) for key in preset if getattr(args, key, None) not in (None, preset[key])}
+    preset |= changed
     model = Blip2.from_pretrained(
-        args.checkpoint, args.vit, args.bert, args.llm, device, precision, image_size=args.image_size
+        args.checkpoint, args.vit, args.bert, args.llm, device, precision, image_size=preset["image_size"]
     )
     if args.command == "ask" and args.chat:
         return chat(model, Path(args.image))
     say(f"{args.checkpoint} on {device}, {precision} ({why})")
+    if args.command == "features":
+        return features(model, args)
     if args.command == "ask":
         result = ask(model, args)
     elif args.command == "answers":
         model.need_llm()
-        result = answering(model, open_photos(["shapes"], args.split, model.image_size))
-        say(answer_table(result))
+        result = answering(model, open_photos(["shapes"], preset["split"], model.image_size))
     else:
-        photos = open_photos(args.data or ["shapes"], args.split, model.image_size, args.images)
-        if args.command == "captions":
-            result = captioning(model, photos, args.workers, args.prompt)
-            say(caption_table(result))
-        else:
-            match = "itm" in trained_losses(Path(args.checkpoint))
-            result = retrieval(model, photos, args.k, args.rerank, match, args.workers)
-            say(table(result))
+        result = run_preset(model, args, preset, changed)
+    if args.command != "ask":
+        say(REPORTS[result["task"]][1](result))
     if args.out and world()[0] == 0:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+        if args.command == "ask":
+            Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+        else:
+            write_result(Path(args.out), result)
+            shutil.rmtree(partial_folder(args.out), ignore_errors=True)
     return result
+
+
+def run_preset(model: Blip2, args: argparse.Namespace, preset: dict, changed: dict) -> dict:
+    """Retrieval, captions or VQA as the preset says, which goes into the result with what makes it comparable."""
+    if args.command == "vqa" and "shapes" in (args.data or ["shapes"]):
+        raise UserError("eval.py vqa needs --data with questions; for the shapes world use: python eval.py answers")
+    if args.command == "vqa":
+        model.need_llm()
+    photos = open_photos(args.data or ["shapes"], preset["split"], model.image_size, args.images, args.command == "vqa")
+    how = {key: value for key, value in preset.items() if key not in ("task", "split", "image_size")}
+    resolved = preset | {"image_size": model.image_size, "precision": args.precision}
+    if "template" in preset:
+        resolved["template"] = preset["template"] or model.template
+    if "prompt" in preset:
+        resolved["prompt"] = model.prompt if preset["prompt"] is None else preset["prompt"]
+    if getattr(args, "candidates", None):
+        how["candidates"] = read_json(args.candidates)
+        resolved["candidates"] = hashlib.sha256(json.dumps(how["candidates"]).encode()).hexdigest()
+    if args.command == "retrieval":
+        how["match"] = "itm" in trained_losses(Path(args.checkpoint))
+    said = {
+        "preset": {"name": args.preset, "changed": sorted(changed), **resolved},
+        "checkpoint": args.checkpoint,
+        "data": {"files": args.data or ["shapes"], "sha256": photos.content_sha256()},
+    }
+    say(f"preset {args.preset}: " + ", ".join(f"{key} {value!r}" for key, value in resolved.items() if key != "task"))
+    kept = Kept(partial_folder(args.out, said) if args.out else None)
+    evaluate = {"retrieval": retrieval, "captions": captioning, "vqa": vqa}[args.command]
+    result = said | evaluate(model, photos, workers=args.workers, kept=kept, **how)
+    if getattr(args, "predictions", None) and world()[0] == 0:
+        Path(args.predictions).write_text(json.dumps(result["predictions"]) + "\n")
+    return result
+
+
+def partial_folder(out: str, said: dict | None = None) -> Path:
+    """Where an evaluation that writes to `out` keeps what it has done: a folder for each checkpoint, preset, split."""
+    folder = Path(out).with_name(f".{Path(out).name}.partial")
+    if said is None:
+        return folder
+    weights = Path(said["checkpoint"]) / "model.safetensors"
+    stat = weights.stat() if weights.exists() else None
+    key = repr((said, stat and (stat.st_size, stat.st_mtime_ns)))
+    return folder / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

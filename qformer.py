@@ -152,8 +152,7 @@ class CrossAttention(nn.Module):
 
     def image_kv(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P, V) -> keys and values (B, H, P, K)."""
-        B, P, _ = image_tokens.shape
-        k, v = self.kv(image_tokens).view(B, P, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        k, v = self.kv(image_tokens).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
     def forward(self, x: Tensor, image_kv: tuple[Tensor, Tensor]) -> Tensor:

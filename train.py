@@ -3,7 +3,10 @@
 Stage 1 trains the Q-Former with ITC, ITM and ITG over a frozen ViT (paper 3.2, 3.4). Stage 2 goes on from a run of
 stage 1 (`--stage 2 --init runs/stage1 --llm FOLDER`) with a frozen language model behind the queries (3.3).
 
-What a run writes, runs/stage1/ or runs/stage2/:
+Fine-tuning trains the ViT as well (paper 4.2 to 4.4, Tables 7 to 9): `--stage caption` and `--stage vqa` go on from a
+run of stage 2, `--stage retrieval` from one of stage 1.
+
+What a run writes, runs/stage1/, runs/stage2/, runs/caption/, runs/vqa/ or runs/retrieval/:
 
     config.json, model.safetensors, tokenizer.json    the latest model; `Blip2.from_pretrained` opens the folder
     train_state.pt                                    what `--resume` needs besides
@@ -54,9 +57,13 @@ from blip2 import (
 from data import (
     BROKEN_SHARE,
     CachedTokens,
+    LLMTexts,
     Mixture,
+    PromptedTexts,
+    QuestionTexts,
     Shapes,
     StepSampler,
+    Texts,
     TrainBatches,
     UserError,
     open_photos,
@@ -65,8 +72,8 @@ from data import (
     say_sentence,
     train_loader,
 )
-from eval import answer_table, answering, caption_table, captioning, clock, retrieval, shard, table
-from llm import T5Config
+from eval import PHOTOS, REPORTS, answering, captioning, clock, retrieval, shard, telling, vqa, write_result
+from llm import OPTConfig, T5Config
 from losses import ITM_PRIOR, all_sum, barrier, gather_objects, say, smoothing_floor, start_processes, world
 from weights import llm_config
 
@@ -77,9 +84,9 @@ from weights import llm_config
 class TrainConfig:
     """All flags. What is None is taken from the recipe."""
 
-    stage: str = "1"  # what to train: 1 is representation learning (paper 3.2), 2 generative learning (3.3)
-    init: str = ""  # stage 2: the run of stage 1 to start from, or none for a Q-Former fresh from BERT
-    llm: str = "assets/tiny/opt"  # stage 2: frozen language model: a folder, or opt-2.7b, ... for random weights
+    stage: str = "1"  # 1 is representation learning (paper 3.2), 2 generative learning (3.3); caption, vqa, retrieval
+    init: str = ""  # the run to start from; for stage 2 also: none, for a Q-Former fresh from BERT
+    llm: str = "assets/tiny/opt"  # frozen language model: a folder, or opt-2.7b, ... for random weights
     vit: str = "assets/tiny/vit"  # frozen image encoder: a folder, or eva-g, clip-l for random weights, or eva-g:FILE
     bert: str = "assets/tiny/bert"  # BERT folder that the Q-Former starts from
     data: list[str] = field(default_factory=lambda: ["shapes"])  # shapes, or a .json / .jsonl file; may be repeated
@@ -89,8 +96,13 @@ class TrainConfig:
     out: str = ""  # folder of the run; runs/stage1 or runs/stage2 if not given
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # throw away the run in --out
-    losses: str = ",".join(OBJECTIVES)  # stage 1: which of itc,itm,itg; itc is always needed
+    losses: str = ",".join(OBJECTIVES)  # stage 1, retrieval: which of itc,itm,itg; itc is always needed
+    freeze_vit: bool = False  # fine-tuning: leave the ViT as it is
+    vit_lr_decay: float | None = None  # fine-tuning: each block of the ViT learns so much slower than the one above it
+    prompt: str | None = None  # caption: what captions go on from
+    condition: bool = True  # vqa: the Q-Former reads the question too (paper, Figure 7)
     steps: int | None = None  # optimizer steps
+    epochs: float | None = None  # or: how often each caption, or question, is shown
     batch: int | None = None  # total batch of a step, over all processes
     micro_batch: int = 0  # photos a process takes at once; 0 is its whole share of --batch, less is accumulated
     lr: float | None = None  # peak learning rate
@@ -99,7 +111,7 @@ class TrainConfig:
     beta2: float | None = None  # of AdamW
     weight_decay: float | None = None  # of tensors with two or more dimensions
     clip: float | None = None  # maximal norm of the gradient
-    negatives_ramp: int | None = None  # stage 1: steps from random to hard negatives in ITM; 0 is hard at once
+    negatives_ramp: int | None = None  # stage 1, retrieval: steps until ITM's negatives are hard; 0 is at once
     dropout: float | None = None  # of the Q-Former
     image_size: int | None = None  # pixels a side
     queries: int | None = None  # learned queries
@@ -107,7 +119,7 @@ class TrainConfig:
     embed_dim: int | None = None  # of the space in which ITC compares
     max_text_tokens: int = 32  # longer texts are cut
     last_block: bool = False  # use the ViT's last block too; the paper drops it
-    grad_checkpointing: bool = False  # stage 2: recompute the language model's blocks: slower, less memory
+    grad_checkpointing: bool | None = None  # recompute the blocks of LM and trained ViT: slower, less memory
     cache_features: bool = False  # run the ViT once per photo and keep its tokens on disk; no augmentation then
     seed: int = 0  # of everything random
     precision: str = "auto"  # auto, fp32, bf16 or fp16
@@ -124,6 +136,17 @@ class TrainConfig:
 PAPER_SIZES = dict(dropout=0.1, image_size=224, queries=32, embed_dim=256)
 TINY_SIZES = dict(dropout=0.0, image_size=64, queries=8, embed_dim=64)
 ADAMW = dict(beta2=0.98, weight_decay=0.05, clip=1.0)
+TUNING = dict(
+    epochs=5, warmup=1000, lr=1e-5, min_lr=0.0, beta2=0.999, weight_decay=0.05, clip=1.0, grad_checkpointing=True,
+    eval_every=2000, save_every=2000,
+)  # fmt: skip
+CAPTION = dict(batch=256, image_size=364, prompt="a photo of", **TUNING)
+VQA = dict(batch=128, image_size=490, **TUNING)
+RETRIEVAL = dict(batch=224, image_size=364, negatives_ramp=0, **TUNING)
+TINY_TUNING = TUNING | dict(
+    epochs=None, steps=800, batch=32, lr=1e-4, warmup=50, image_size=64, vit_lr_decay=0.8, grad_checkpointing=False,
+    eval_every=400, save_every=800,
+)  # fmt: skip
 RECIPES = {
     "stage 1, paper": dict(
         steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, negatives_ramp=0, eval_every=5000,
@@ -147,15 +170,36 @@ RECIPES = {
     "stage 2, tiny": dict(
         steps=2500, batch=32, lr=1e-3, min_lr=1e-5, warmup=75, eval_every=500, save_every=2500, **ADAMW, **TINY_SIZES,
     ),
+    # Fine-tuning on COCO (Table 7), on VQAv2 and Visual Genome (Table 8), on COCO (Table 9). The paper tuned no
+    # FlanT5-XXL; it takes FlanT5-XL's column here. The minimal rate 0 is the original's.
+    "caption, paper, FlanT5": dict(**CAPTION, vit_lr_decay=1.0),
+    "caption, paper, OPT-2.7B": dict(**CAPTION, vit_lr_decay=1.0),
+    "caption, paper, OPT-6.7B": dict(**CAPTION, vit_lr_decay=0.95),
+    "vqa, paper, FlanT5": dict(**VQA, vit_lr_decay=0.95),
+    "vqa, paper, OPT-2.7B": dict(**VQA, vit_lr_decay=0.95),
+    "vqa, paper, OPT-6.7B": dict(**VQA, vit_lr_decay=0.9),
+    "retrieval, paper, ViT-L": dict(**RETRIEVAL | dict(lr=5e-6, beta2=0.98), vit_lr_decay=1.0),
+    "retrieval, paper, ViT-g": dict(**RETRIEVAL, vit_lr_decay=0.95),
+    # The tiny language model has never read "a photo of".
+    "caption, tiny": dict(**TINY_TUNING | dict(steps=1600), prompt=""),
+    "vqa, tiny": dict(**TINY_TUNING),
+    "retrieval, tiny": dict(**TINY_TUNING | dict(lr=3e-4), negatives_ramp=0),
 }  # fmt: skip
-ONLY_IN = {"losses": "1", "negatives_ramp": "1", "init": "2", "llm": "2", "grad_checkpointing": "2"}
+STAGES = ("1", "2", "caption", "vqa", "retrieval")
+WITH_LLM = ("2", "caption", "vqa")
+FINE_TUNING = ("caption", "vqa", "retrieval")
+ONLY_IN = {
+    "losses": ("1", "retrieval"), "negatives_ramp": ("1", "retrieval"), "init": ("2", *FINE_TUNING), "llm": WITH_LLM,
+    "grad_checkpointing": ("2", *FINE_TUNING), "freeze_vit": FINE_TUNING, "vit_lr_decay": FINE_TUNING,
+    "prompt": ("caption",), "condition": ("vqa",),
+}  # fmt: skip
 
 # When a run is resumed, these may differ from what it was started with; the last three change its numbers.
 MAY_CHANGE = {
     "resume", "overwrite", "out", "workers", "log_every", "eval_every", "save_every", "keep",
     "device", "precision", "lr",
 }  # fmt: skip
-AT_LEAST_1 = ("steps", "batch", "queries", "cross_every", "embed_dim", "save_every", "log_every", "keep")
+AT_LEAST_1 = ("batch", "queries", "cross_every", "embed_dim", "save_every", "log_every", "keep")
 AT_LEAST_0 = ("micro_batch", "warmup", "min_lr", "weight_decay", "negatives_ramp", "val_photos", "seed", "eval_every")
 TEMPERATURES = (0.001, 0.5)  # between which ITC's temperature is kept; the original's is free
 
@@ -175,7 +219,7 @@ def parse_flags(argv: list[str] | None) -> tuple[TrainConfig, set[str]]:
     parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(TrainConfig):
         flag, about = "--" + f.name.replace("_", "-"), comments[f.name]
-        if f.type is bool:
+        if f.type in (bool, bool | None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
         elif f.name == "data":
             parser.add_argument(flag, action="append", help=f"{about} (default: shapes)")
@@ -188,34 +232,56 @@ def parse_flags(argv: list[str] | None) -> tuple[TrainConfig, set[str]]:
 
 
 def complete(cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, str]:
-    """Fill what was not given from the run of stage 1 (--init) and from the recipe -> the whole configuration, and
-    what was chosen and why."""
-    if cfg.stage not in ("1", "2"):
-        raise UserError(f"got --stage {cfg.stage}, expected 1 or 2")
+    """Fill what was not given from the run that --init names and from the recipe -> the whole configuration, and what
+    was chosen and why."""
+    if cfg.stage not in STAGES:
+        raise UserError(f"got --stage {cfg.stage}, expected {', '.join(STAGES[:-1])} or {STAGES[-1]}")
     for name in given & set(ONLY_IN):
-        if ONLY_IN[name] != cfg.stage:
-            flag = name.replace("_", "-")
-            raise UserError(f"got --{flag}, a flag of stage {ONLY_IN[name]}, in stage {cfg.stage}: leave it out")
+        if cfg.stage not in ONLY_IN[name]:
+            flag, stages = name.replace("_", "-"), ", ".join(ONLY_IN[name])
+            raise UserError(f"got --{flag}, a flag of stage {stages}, in stage {cfg.stage}: leave it out")
     if cfg.stage == "2" and not cfg.init:
         raise UserError("stage 2 starts from a run of stage 1: pass --init runs/stage1, or --init none to go without")
-    inherited = inherit(cfg, given) if cfg.stage == "2" and cfg.init != "none" else {}
-    name, why = f"stage {cfg.stage}, ", "--data is not shapes"
+    if cfg.stage in FINE_TUNING and cfg.init in ("", "none"):
+        before = "1" if cfg.stage == "retrieval" else "2"
+        raise UserError(f"stage {cfg.stage} starts from a run of stage {before}: pass --init runs/stage{before}")
+    inherited = inherit(cfg, given) if cfg.init not in ("", "none") else {}
+    width = inherited.pop("image_width", None)
     if cfg.data == ["shapes"]:
-        name, why = name + "tiny", "--data is shapes"
-    elif cfg.stage == "1":
-        name += "paper"
+        name, why = "tiny", "--data is shapes"
     else:
-        name += "paper, T5" if isinstance(llm_config(inherited.get("llm", cfg.llm))[0], T5Config) else "paper, OPT"
-    recipe = {key: value for key, value in RECIPES[name].items() if key not in given | inherited.keys()}
-    chosen = f'recipe "{name}", because {why}: ' + ", ".join(f"{key} {value:g}" for key, value in recipe.items())
+        name, why = "paper", "--data is not shapes"
+        if cfg.stage in WITH_LLM:
+            llm = llm_config(inherited.get("llm", cfg.llm))[0]
+            name += paper_column(cfg.stage, llm)
+            why += f" and the language model has width {llm.width}"
+        elif cfg.stage == "retrieval":
+            name += ", ViT-g" if width > 1024 else ", ViT-L"
+            why += f" and the ViT has width {width}"
+    name = f"{'' if cfg.stage in FINE_TUNING else 'stage '}{cfg.stage}, {name}"
+    recipe = RECIPES[name] | ({"epochs": None} if "steps" in given else {"steps": None} if "epochs" in given else {})
+    recipe = {key: value for key, value in recipe.items() if key not in given | inherited.keys() and value is not None}
+    chosen = f'recipe "{name}", because {why}: ' + ", ".join(f"{key} {show(value)}" for key, value in recipe.items())
     if inherited:
         chosen += f"\nfrom {cfg.init}: " + ", ".join(f"{key} {value}" for key, value in inherited.items())
     return dataclasses.replace(cfg, **recipe, **inherited), chosen
 
 
+def paper_column(stage: str, llm: OPTConfig | T5Config) -> str:
+    """Which column of the paper's tables fits the language model best."""
+    if stage == "2":
+        return ", T5" if isinstance(llm, T5Config) else ", OPT"
+    return ", FlanT5" if isinstance(llm, T5Config) else ", OPT-6.7B" if llm.width >= 4096 else ", OPT-2.7B"
+
+
+def show(value) -> str:
+    """A value of a recipe, in short."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def inherit(cfg: TrainConfig, given: set[str]) -> dict:
-    """What a run of stage 2 takes from the run of stage 1 it starts from; of these flags, --vit and --dropout may say
-    something else."""
+    """What a run takes from the run it starts from, and the ViT's width; of these flags, --vit and --dropout may say
+    something else, and fine-tuning takes another --image-size."""
     folder = Path(cfg.init)
     if not (folder / "config.json").exists():
         raise UserError(f"--init {folder} is not a run: train it with --stage 1 --out {folder}, or pass --init none")
@@ -225,6 +291,17 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
             f"--init {folder} is a public checkpoint, expected a run: make one of it with "
             f"python weights.py export {folder} --format run runs/{folder.name}"
         )
+    has_llm, needs_llm = bool(run.get("llm")), cfg.stage in ("caption", "vqa")
+    if cfg.stage in FINE_TUNING and has_llm != needs_llm:
+        raise UserError(
+            f"--init {folder} is a run {'with' if has_llm else 'without'} a language model, stage {cfg.stage} starts "
+            f"from one of stage {'2' if needs_llm else '1'}: pass --init runs/stage{'2' if needs_llm else '1'}"
+        )
+    if run.get("conditioned") and not (cfg.stage == "vqa" and cfg.condition):
+        raise UserError(
+            f"--init {folder} was fine-tuned with the question in the Q-Former: go on with it in --stage vqa, or start "
+            "from the run of stage 2 before it"
+        )
     inherited = {
         "vit": relocated(run["vit"], folder),
         "bert": relocated(run["bert"], folder),
@@ -233,13 +310,16 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
         "cross_every": run["qformer"]["cross_every"],
         **{name: run[name] for name in ("image_size", "embed_dim", "max_text_tokens", "last_block")},
     }
-    if run.get("llm"):  # it was of stage 2 already
+    if has_llm:
         inherited["llm"] = relocated(run["llm"], folder)
+    if cfg.stage in FINE_TUNING:
+        del inherited["image_size"]
     for name in given & inherited.keys() - {"vit", "dropout", "llm"}:
         if getattr(cfg, name) != inherited[name]:
             flag = name.replace("_", "-")
             raise UserError(f"got --{flag} {getattr(cfg, name)}, but {folder} has {inherited[name]}: leave it out")
-    return {name: value for name, value in inherited.items() if name not in given}
+    width = run["qformer"]["image_width"]
+    return {name: value for name, value in inherited.items() if name not in given} | {"image_width": width}
 
 
 def check(cfg: TrainConfig) -> None:
@@ -258,6 +338,9 @@ def check(cfg: TrainConfig) -> None:
         ("clip", cfg.clip, cfg.clip > 0, "above 0"),
         ("beta2", cfg.beta2, 0 <= cfg.beta2 < 1, "0 or more, and below 1"),
         ("dropout", cfg.dropout, 0 <= cfg.dropout < 1, "0 or more, and below 1"),
+        ("vit_lr_decay", cfg.vit_lr_decay, 0 < (cfg.vit_lr_decay or 1) <= 1, "above 0 and at most 1"),
+        ("epochs", cfg.epochs, cfg.epochs is None or cfg.epochs > 0, "above 0"),
+        ("steps", cfg.steps, cfg.steps is None or cfg.steps >= 1, "at least 1"),
         *((name, getattr(cfg, name), getattr(cfg, name) >= 1, "at least 1") for name in AT_LEAST_1),
         *((name, getattr(cfg, name), (getattr(cfg, name) or 0) >= 0, "0 or more") for name in AT_LEAST_0),
     ):
@@ -265,6 +348,8 @@ def check(cfg: TrainConfig) -> None:
             raise UserError(f"got --{flag.replace('_', '-')} {got}, expected {expected}")
     if cfg.val_photos and cfg.val_data:
         raise UserError("got --val-photos and --val-data, expected one of the two")
+    if cfg.cache_features and cfg.stage in FINE_TUNING and not cfg.freeze_vit:
+        raise UserError("--cache-features keeps what a frozen ViT sees, here it is trained: add --freeze-vit")
     share = cfg.batch / world()[1]
     micro = cfg.micro_batch or share
     if share % 1 or share % micro:
@@ -291,19 +376,35 @@ def hardness_at(step: int, cfg) -> float:
 
 
 def build_optimizer(model: nn.Module, cfg) -> torch.optim.AdamW:
-    """AdamW over what is trained. Weight decay on matrices and tables; not on biases, norms and the temperature."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    """AdamW over what is trained. Weight decay on matrices and tables; not on biases, norms and the temperature.
+
+    Each group has a "scale" of the learning rate: 1, but for a ViT that is trained, which gets slower block by block.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = vit_lr_scale(name, model.vit.cfg.depth, cfg.vit_lr_decay) if name.startswith("vit.") else 1.0
+            groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
+    kinds = [
+        {"params": params, "weight_decay": cfg.weight_decay if is_matrix else 0.0, "scale": scale}
+        for (scale, is_matrix), params in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=trained[0].device.type in ("cpu", "cuda"))
+    device = kinds[0]["params"][0].device.type
+    return torch.optim.AdamW(kinds, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=device in ("cpu", "cuda"))
+
+
+def vit_lr_scale(name: str, depth: int, decay: float) -> float:
+    """Layer-wise learning-rate decay of the ViT (paper, Tables 7 to 9): each block learns slower than the one above it,
+    by the factor `decay`; what is below the blocks learns slowest. The last block has `decay` itself, as in BEiT."""
+    block = re.match(r"vit\.blocks\.(\d+)\.", name)
+    layer = int(block[1]) + 1 if block else 0
+    return decay ** (depth + 1 - layer)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One rate for all groups."""
+    """The rate of the step, scaled for each group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
 
 
 def keep_memory() -> None:
@@ -324,7 +425,7 @@ def keep_memory() -> None:
 def parts_table(model: Blip2) -> str:
     """What the model consists of: parameters, how many are trained, in which dtype."""
     parts = {
-        "ViT (frozen)": model.vit,
+        "ViT" if model.trains_vit else "ViT (frozen)": model.vit,
         "ln_vision": model.ln_vision,
         "Q-Former": model.qformer,
         "ITC projections": nn.ModuleList([model.vision_proj, model.text_proj]),
@@ -340,6 +441,14 @@ def parts_table(model: Blip2) -> str:
         dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
         lines.append(f"{name:18} {sum(p.numel() for p in parameters):14,} {trained:14,}  {dtypes}")
     return "\n".join(lines)
+
+
+def vit_rates_line(model: Blip2, cfg: TrainConfig) -> str:
+    """Of a ViT that is trained, the peak learning rate of each block."""
+    depth = model.vit.cfg.depth
+    rates = [cfg.lr * vit_lr_scale(f"vit.blocks.{i}.", depth, cfg.vit_lr_decay) for i in range(-1, depth)]
+    below, *blocks = (f"{rate:.1e}" for rate in rates)
+    return f"peak learning rate {cfg.lr:.1e}; in the ViT {below} below its blocks, then {', '.join(blocks)}"
 
 
 def memory_estimate(
@@ -361,6 +470,9 @@ def memory_estimate(
     cross = -(-cfg.depth // cfg.cross_every)
     kept += cross * reads * (Q * (6 * cfg.width + 2 * cfg.heads * P) + 2 * P * cfg.width)
     kept += 3 * P * vit.width
+    if model.trains_vit:
+        block = P * (8 * vit.width + 2 * vit.mlp)
+        kept += vit.depth * P * vit.width + block if model.vit.grad_checkpointing else vit.depth * block
     if "itg" in objectives:
         kept += T * cfg.vocab_size * 8 / size  # logits, in fp32 as well
     if "lm" in objectives:  # no gradients of weights here, so the inputs of Linears need not be kept
@@ -537,7 +649,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     run = Path(cfg.out or f"runs/stage{cfg.stage}")
     cfg, folder, resumed = resume(run, cfg, given) if cfg.resume else begin(run, cfg, given)
     check(cfg)
-    objectives = tuple(cfg.losses.split(",")) if cfg.stage == "1" else ("lm",)
+    objectives = ("lm",) if cfg.stage in WITH_LLM else tuple(cfg.losses.split(","))
     device = local_device(cfg.device)
     if device.type == "cpu":
         keep_memory()
@@ -552,17 +664,23 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     model = build_model(cfg, objectives, precision, device, folder).train()
     say(f"{device}, {size} process(es), {precision} because {why}")
     say(parts_table(model), memory_line(model, micro_batch, objectives))
+    if model.trains_vit:
+        say(vit_rates_line(model, cfg))
     if "itc" in objectives:
         say(negatives_line(micro_batch * size, accumulate))
 
     # --- data
     photos, val = open_data(cfg, model, run)
+    if cfg.steps is None:
+        cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * photos.texts() / cfg.batch)))
+        what = "questions" if cfg.stage == "vqa" else "captions"
+        say(f"{cfg.epochs:g} epochs of {photos.texts():,} {what} are {cfg.steps:,} steps")
     workers = loader_workers(cfg, bool(photos.cached))
     start = resumed["step"] if resumed else 0
     sampler = StepSampler(photos, cfg.seed, micro_batch, accumulate, cfg.steps, start, rank, size)
     say(f"{len(photos):,} training pictures, {sampler.per_epoch:,} steps an epoch, {workers} loader workers")
-    texts, count_totals = (model.llm_texts, stage2_totals) if "lm" in objectives else (model.texts, stage1_totals)
-    batches = TrainBatches(photos, texts, cfg.image_size, cfg.seed)
+    count_totals = stage2_totals if "lm" in objectives else stage1_totals
+    batches = TrainBatches(photos, texts_of(model, cfg), cfg.image_size, cfg.seed)
     batches = iter(train_loader(batches, sampler, workers, pin=device.type == "cuda"))
 
     # --- optimizer, and where an old run stood
@@ -642,7 +760,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
             say(f"stopped at step {step}, saved; go on with: {launch} train.py --resume --out {run}")
             return None
         if validates:
-            result = evaluate(model, val, objectives, workers, quick=True)
+            result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
             name, score = headline(result)
             say(validation_lines(model, val, result, name, score, score > best))
             log.write({"step": step, "validation": result, name.replace(" ", "_"): score})
@@ -654,20 +772,18 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     # --- the end
     say(f"trained in {clock(trained_s)}, without validation, checkpoints and caching")
     if cfg.data == ["shapes"]:
-        val = open_photos(["shapes"], "test", cfg.image_size)
+        val = open_photos(["shapes"], "test", cfg.image_size, questions=cfg.stage == "vqa")
     if val is None:
         return None
     barrier()  # the first process may still be writing
     if (run / "best").exists():
         model.load_trained(run / "best")
     say(f"evaluating on {len(val):,} pictures")
-    result = evaluate(model, val, objectives, workers)
-    name, show = "retrieval", table
-    if "lm" in objectives:
-        name, show = ("answers", answer_table) if "accuracy" in result else ("captions", caption_table)
+    result = evaluate(model, val, cfg.stage, objectives, workers)
+    name, text = REPORTS[result["task"]]
     if rank == 0:
-        (run / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    say(show(result))
+        write_result(run / name, result)
+    say(text(result))
     return result
 
 
@@ -742,9 +858,24 @@ def build_model(
 ) -> Blip2:
     """The model at its start; parts that no loss reaches are not trained."""
     where = dict(device=device, precision=precision)
+    if cfg.stage in FINE_TUNING:
+        where |= dict(llm=cfg.llm) if cfg.stage in WITH_LLM else {}
+        model = Blip2.from_pretrained(
+            resumed_from or cfg.init, cfg.vit, dropout=cfg.dropout, image_size=cfg.image_size,
+            train_vit=not cfg.freeze_vit, **where,
+        )  # fmt: skip
+        model.vit.grad_checkpointing = cfg.grad_checkpointing and not cfg.freeze_vit
+        if cfg.stage in WITH_LLM:
+            model.llm.grad_checkpointing = cfg.grad_checkpointing
+            model.prompt = cfg.prompt or ""
+        if cfg.stage == "vqa" and cfg.condition:
+            model.condition_on_question()
+        if cfg.stage == "retrieval":
+            train_heads(model, objectives)
+        return model
     if cfg.stage == "2" and resumed_from is not None:  # what it started from may be gone
         model = Blip2.from_pretrained(resumed_from, cfg.vit, llm=cfg.llm, dropout=cfg.dropout, **where)
-        model.llm.grad_checkpointing = cfg.grad_checkpointing
+        model.llm.grad_checkpointing = bool(cfg.grad_checkpointing)
         return model
     if cfg.stage == "2" and cfg.init != "none":
         say(f"Q-Former: from {cfg.init}")
@@ -758,22 +889,44 @@ def build_model(
     if cfg.stage == "2" and (model.llm is None or model.sources["llm"] != cfg.llm):
         say(model.attach_llm(cfg.llm))
     if cfg.stage == "2":
-        model.llm.grad_checkpointing = cfg.grad_checkpointing
-        return model
+        model.llm.grad_checkpointing = bool(cfg.grad_checkpointing)
+    else:
+        train_heads(model, objectives)
+    return model
+
+
+def texts_of(model: Blip2, cfg: TrainConfig) -> Texts | LLMTexts | PromptedTexts | QuestionTexts:
+    """What makes batches of what is drawn, for the stage."""
+    if cfg.stage in ("1", "retrieval"):
+        return model.texts
+    if cfg.stage == "caption":
+        return PromptedTexts(model.llm_texts, model.prompt)
+    if cfg.stage == "vqa":
+        return QuestionTexts(model.llm_texts, model.template, model.texts if model.conditioned else None)
+    return model.llm_texts
+
+
+def train_heads(model: Blip2, objectives: tuple[str, ...]) -> None:
+    """Of the heads of stage 1, train those that a loss reaches."""
     model.itm_head.requires_grad_("itm" in objectives)
     model.qformer.lm_head.requires_grad_("itg" in objectives)
-    return model
 
 
 def open_data(cfg: TrainConfig, model: Blip2, run: Path) -> tuple[Mixture, Mixture | None]:
     """The photos to train on, and those to validate on if there are any; with cached features if asked for."""
-    photos, val = open_photos(cfg.data, "train", cfg.image_size, cfg.images), None
+    questions = cfg.stage == "vqa"
+    photos, val = open_photos(cfg.data, "train", cfg.image_size, cfg.images, questions), None
+    unanswered = sum(part.unanswered for part in photos.parts)
+    if unanswered:
+        raise UserError(
+            f"{unanswered:,} questions of --data have no answer to learn: take them out, or pass the annotations"
+        )
     if cfg.cache_features:
         photos.cached = cache_tokens(model, photos, run.parent / "features", loader_workers(cfg))
     if cfg.val_photos:
         photos, val = photos.held_out(cfg.val_photos)
     elif cfg.val_data or cfg.data == ["shapes"]:
-        val = open_photos([cfg.val_data or "shapes"], "val", cfg.image_size, cfg.images)
+        val = open_photos([cfg.val_data or "shapes"], "val", cfg.image_size, cfg.images, questions)
         if cfg.cache_features:
             val.cached = cache_tokens(model, val, run.parent / "features", loader_workers(cfg))
     return photos, val
@@ -787,32 +940,37 @@ def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int) -> C
     """
     content = model.frozen_sha256("vit") or float(model.vit.patch_embed.weight.float().sum())  # no file: random weights
     encoder = (content, repr(model.vit.cfg), str(model.vit.dtype))
-    key = hashlib.sha256(repr((encoder, model.image_size, photos.fingerprint())).encode()).hexdigest()[:16]
-    path = folder / f"{key}.npy"
+    ids = np.array([photos.image_id(row) for row in range(len(photos))])
+    _, first, number = np.unique(ids, return_index=True, return_inverse=True)  # of each photo, the first row
+    order = first.argsort()  # photos in the order of the file
+    first, slots = first[order], order.argsort()[number]
+    what = (encoder, model.image_size, photos.fingerprint(), len(first))
+    path = folder / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy"
     if not path.exists():
-        rank, size = world()
-        started, partial = time.time(), folder / f".{key}.partial.npy"
-        rows = range(len(photos))[shard(len(photos))]
+        rank = world()[0]
+        started, partial = time.time(), folder / f".{path.stem}.partial.npy"
         tokens_each = 1 + (model.image_size // model.vit.cfg.patch_size) ** 2
-        shape = (len(photos), tokens_each, model.vit.cfg.width)
-        say(f"caching the ViT's tokens of {len(photos):,} photos in {path}, {2 * math.prod(shape) / 1e9:.1f} GB")
+        shape = (len(first), tokens_each, model.vit.cfg.width)
+        say(f"caching the ViT's tokens of {len(first):,} photos in {path}, {2 * math.prod(shape) / 1e9:.1f} GB")
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
         barrier()
         tokens, broken = np.lib.format.open_memmap(partial, "r+"), {}
-        for done, unreadable, pictures in picture_loader(photos, model.image_size, rows, workers):
-            broken |= unreadable
+        mine = first[shard(len(first))].tolist()
+        batches = [mine[i : i + PHOTOS] for i in range(0, len(mine), PHOTOS)]
+        for done, unreadable, pictures in picture_loader(photos, model.image_size, batches, workers):
+            broken |= {int(slots[row]): reason for row, reason in unreadable.items()}
             if done:
-                tokens[done] = model.image_tokens(pictures.to(model.device)).half().cpu().numpy()
+                tokens[slots[done]] = model.image_tokens(pictures.to(model.device)).half().cpu().numpy()
         tokens.flush()
-        broken = {row: reason for part in gather_objects(broken) for row, reason in part.items()}
+        broken = {slot: reason for part in gather_objects(broken) for slot, reason in part.items()}
         if rank == 0:
             path.with_suffix(".json").write_text(json.dumps(broken))
             os.replace(partial, path)
         barrier()
         say(f"cached in {clock(time.time() - started)}")
-    return CachedTokens(path)
+    return CachedTokens(path, slots)
 
 
 def read_numbers(
@@ -858,21 +1016,25 @@ def tell_unreadable(unreadable: dict[str, str], named: set[str], photos: int) ->
         )
 
 
-def evaluate(model: Blip2, photos: Mixture, objectives: tuple[str, ...], workers: int, quick: bool = False) -> dict:
-    """What a stage is for: retrieval (1), answers in the shapes world, captions elsewhere (2). quick: on the way."""
-    if "lm" not in objectives:
+def evaluate(
+    model: Blip2, photos: Mixture, stage: str, objectives: tuple[str, ...], workers: int, quick: bool = False
+) -> dict:
+    """What a stage is for: retrieval (1); answers in the shapes world, captions elsewhere (2); its task, if fine-tuned.
+    quick: on the way."""
+    if stage not in WITH_LLM:
         return retrieval(model, photos, k=16 if quick else 128, match="itm" in objectives, workers=workers)
     if isinstance(photos.parts[0], Shapes):
-        return answering(model, photos, controls=not quick)
-    return captioning(model, photos, workers)
+        return telling(model, photos) if stage == "caption" else answering(model, photos, controls=not quick)
+    return vqa(model, photos, workers) if stage == "vqa" else captioning(model, photos, workers)
 
 
 def headline(result: dict) -> tuple[str, float]:
     """The one number by which a run is "best", and its name."""
-    if "accuracy" in result:
+    if result["task"] == "answers":
         return "accuracy", result["accuracy"]["the picture"]["all"]
-    if "CIDEr" in result:
-        return "CIDEr", result["CIDEr"]
+    if result["task"] != "retrieval":
+        name = {"vqa": "accuracy", "captions": "CIDEr", "telling": "captions right"}[result["task"]]
+        return name, result[name]
     numbers = result.get("reranked", result["itc"])  # R@1, 5, 10 both ways, re-ranked if the model can
     values = [value for way in numbers.values() for value in way.values()]
     return "mean recall", sum(values) / len(values)
@@ -885,7 +1047,7 @@ def validation_lines(model: Blip2, val: Mixture, result: dict, name: str, score:
         if stage in result:
             i2t, t2i = (way["R@1"] for way in result[stage].values())
             lines.append(f"  validation, {stage}: R@1 picture to caption {i2t:.1f} %, caption to picture {t2i:.1f} %")
-    if "captions right" in result:
+    if result["task"] == "answers":
         lines.append(f"  validation: captions that are right {result['captions right']:.1f} %")
     unit = "" if name == "CIDEr" else " %"
     lines.append(f"  {name} {score:.1f}{unit}{', the best so far' if is_best else ''} ({result['seconds']:.0f} s)")

@@ -1,4 +1,6 @@
-"""The frozen image encoder: one plain pre-norm ViT that serves EVA-CLIP ViT-g/14, CLIP ViT-L/14 and DINOv2.
+"""The image encoder: one plain pre-norm ViT that serves EVA-CLIP ViT-g/14, CLIP ViT-L/14 and DINOv2.
+
+It is frozen in both stages and trained in fine-tuning.
 
 Paper 3.4: "We remove the last layer of the ViT and use the second last layer's output features."
 So a `ViT` is built one block short of the published depth, and has no final norm: the trained
@@ -12,7 +14,7 @@ weights.py folds into the Linear before it.
 Letters: B images, P tokens of an image, V width, H heads, K width of a head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,13 @@ class ViT(nn.Module):
         for channel, (mean, std) in enumerate(zip(self.cfg.mean, self.cfg.std)):  # plain numbers: no copy to the device
             x[:, channel].sub_(255 * mean).div_(255 * std)
         return x
+
+    @torch.no_grad()
+    def resize_positions(self, image_size: int) -> None:
+        """Make the position table that of another image size for good, so that it can be trained there."""
+        grid = image_size // self.cfg.patch_size
+        self.pos_embed = nn.Parameter(self.positions(grid, grid).clone(), self.pos_embed.requires_grad)
+        self.cfg = replace(self.cfg, image_size=image_size)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """The position table for a grid of rows x columns patches: (1, 1 + rows*columns, V).

@@ -564,8 +564,13 @@ def export(model, form: str, out: Path, dtype: str) -> list[str]:
         raise UserError(f"{out} exists already: pass another name, or remove it first")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist, make it first")
+    if model.conditioned and form != "run":
+        raise UserError(
+            f"the Q-Former of this run reads the question too (--stage vqa), which BLIP-2 in {form} cannot: use it "
+            "here, or fine-tune with --no-condition"
+        )
     for part in ("vit", "llm") if model.llm is not None else ("vit",):
-        if not model.sources.get(f"{part}_files"):
+        if not model.sources.get(f"{part}_files") and not (part == "vit" and model.vit_trained):
             raise UserError(f"--{part} {model.sources[part]} has random weights, which are not worth exporting")
     unfinished = out.with_name(out.name + ".part")
     try:
@@ -757,7 +762,8 @@ def export_lavis(model, path: Path, dtype: str) -> list[str]:
     if model.llm is None:
         head = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}
         tensors |= {f"Qformer.cls.predictions.decoder.{k}": tensors[f"Qformer.{tied}"] for k, tied in head.items()}
-    bare = model.sources["vit"].partition(":")[0] in PRESETS and not holds_vit(model.sources["vit_files"])
+    own = model.vit_trained or holds_vit(model.sources["vit_files"])
+    bare = model.sources["vit"].partition(":")[0] in PRESETS and not own
     if not bare:  # it may be fine-tuned
         tensors |= unload(model.vit, LAVIS_VITS[kind])
     else:

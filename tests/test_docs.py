@@ -63,19 +63,30 @@ def test_every_other_command_has_only_flags_that_exist():
         train.parse_flags(words[words.index("train.py") + 1 :])
 
 
+def test_every_evaluation_has_only_flags_that_exist():
+    import eval
+
+    lines = [words for words in commands("") if "eval.py" in words]
+    assert {words[2] for words in lines} == {"ask", "answers", "captions", "retrieval", "vqa", "features"}
+    for words in lines:
+        eval.parse(words[2:])
+
+
 def test_own_photos_and_the_python_lines(tmp_path, monkeypatch):
     """The example file, a run over it, its evaluation, and the calls from Python, as the README has them."""
     import eval
 
-    records = next(block for kind, block in BLOCKS if kind == "json")
+    records = next(block for kind, block in BLOCKS if kind == "json" and "caption" in block)
     (tmp_path / "photos.json").write_text(records)
     for i, record in enumerate(json.loads(records)):
         Image.new("RGB", (80, 60), (90 * i, 30, 30)).save(tmp_path / record["image"])
     monkeypatch.chdir(tmp_path)
     train.main([*TINY, *SMALL, "--batch", "2", "--data", "photos.json", "--image-size", "64", "--out", "runs/stage1"])
-    words = next(words for words in commands("") if "retrieval" in words)
+    words = next(words for words in commands("") if "retrieval" in words and "val.json" in words)
     result = eval.main([word.replace("val.json", "photos.json") for word in words[words.index("eval.py") + 1 :]])
     assert (result["photos"], result["texts"]) == (2, 3)
+    questions = next(block for kind, block in BLOCKS if kind == "json" and "question" in block)
+    assert [record.keys() for record in json.loads(questions)] == [{"image", "question", "answer"}]
     Image.new("RGB", (50, 40)).save("photo.jpg")
     exec(next(block for kind, block in BLOCKS if kind == "python" and "runs/stage1" in block), {})
 

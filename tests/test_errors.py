@@ -238,7 +238,7 @@ def test_ill_typed_flag(train_says):
     [
         (["--losses", "itm"], "got --losses itm, expected itc, with itm and itg or without"),
         (["--losses", "itc,mlm"], "expected itc"),
-        (["--stage", "4"], "got --stage 4, expected 1 or 2"),
+        (["--stage", "4"], "got --stage 4, expected 1, 2, caption, vqa or retrieval"),
         (["--precision", "int8"], "expected auto, fp32, bf16 or fp16"),
         (["--device", "tpu"], "expected auto, cuda, mps or cpu"),
         (["--steps", "0"], "got --steps 0, expected at least 1"),

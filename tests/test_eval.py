@@ -388,7 +388,7 @@ def test_captions_are_scored_against_people_and_against_other_photos(tmp_path, m
     records = [{"image": f"{i}.png", "caption": people[i]} for i in range(4)]
     (tmp_path / "a.json").write_text(json.dumps(records))
     photos = open_photos([str(tmp_path / "a.json")], "val", 8)
-    monkeypatch.setattr(model, "caption", lambda images, prompt: [texts[0] for texts in people][: len(images.tokens)])
+    monkeypatch.setattr(model, "caption", lambda images, *_, **__: [texts[0] for texts in people][: len(images.tokens)])
     result = captioning(model, photos)
     assert result["BLEU-4"] == pytest.approx(100, abs=1e-3) and result["distinct captions"] == 4
     assert (

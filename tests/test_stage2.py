@@ -25,7 +25,9 @@ def pictures(count: int) -> torch.Tensor:
 def batch_of(model: Blip2, captions: list[str], seed: int = 0, **rest):
     seeds = [[seed, row] for row in range(len(captions))]
     images = rest.pop("images", pictures(len(captions)))
-    return model.llm_texts.batch(captions, seeds, list(range(len(captions))), images=images, **rest)
+    return model.llm_texts.batch(
+        [("", caption) for caption in captions], seeds, list(range(len(captions))), images=images, **rest
+    )
 
 
 CAPTIONS = [
@@ -476,9 +478,13 @@ def nothing_to_evaluate(monkeypatch):
     way = {"image_to_text": dict.fromkeys(("R@1", "R@5", "R@10"), 0.0)}
     way["text_to_image"] = way["image_to_text"]
     nothing = dict.fromkeys(("chance", "shuffled pictures", "itc"), way) | {"subsets": {}, "mistakes": []}
-    monkeypatch.setattr(train, "retrieval", lambda *_, **__: {"photos": 0, "texts": 0, "seconds": 0, **nothing})
+    monkeypatch.setattr(
+        train, "retrieval", lambda *_, **__: {"task": "retrieval", "photos": 0, "texts": 0, "seconds": 0, **nothing}
+    )
     answers = {"pictures": 0, "questions": 0, "accuracy": {"the picture": {"all": 50.0}}, "kinds": {}, "mistakes": []}
-    monkeypatch.setattr(train, "answering", lambda *_, **__: {**answers, "captions right": 0.0, "seconds": 0})
+    monkeypatch.setattr(
+        train, "answering", lambda *_, **__: {"task": "answers", **answers, "captions right": 0.0, "seconds": 0}
+    )
 
 
 STAGE2 = "--stage 2 --batch 4 --eval-every 0 --precision fp32".split()
@@ -577,14 +583,17 @@ def test_paper_recipes_of_stage_2_are_the_papers(stage1_run):
             ["--init", "nowhere"],
             "--init nowhere is not a run: train it with --stage 1 --out nowhere, or pass --init none",
         ),
-        (["--init", "none", "--losses", "itc"], "got --losses, a flag of stage 1, in stage 2: leave it out"),
+        (["--init", "none", "--losses", "itc"], "got --losses, a flag of stage 1, retrieval, in stage 2: leave it out"),
         (
             ["--init", "none", "--llm", "nowhere"],
             "--llm nowhere does not exist: expected a folder, or a name (opt-125m",
         ),
         (["--init", "RUN", "--queries", "9"], "got --queries 9, but "),
-        (["--init", "RUN", "--stage", "3"], "got --stage 3, expected 1 or 2"),
-        (["--init", "RUN", "--stage", "1"], "got --init, a flag of stage 2, in stage 1: leave it out"),
+        (["--init", "RUN", "--stage", "3"], "got --stage 3, expected 1, 2, caption, vqa or retrieval"),
+        (
+            ["--init", "RUN", "--stage", "1"],
+            "got --init, a flag of stage 2, caption, vqa, retrieval, in stage 1: leave it out",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

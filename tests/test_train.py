@@ -40,7 +40,9 @@ def run_train(monkeypatch):
     """run_train(out, flags...) -> the rows of the log. The evaluation of 1,000 pictures at the end is left out."""
     way = {"image_to_text": {}, "text_to_image": {}}
     nothing = dict.fromkeys(("chance", "shuffled pictures", "itc"), way) | {"subsets": {}, "mistakes": []}
-    monkeypatch.setattr(train, "retrieval", lambda *_, **__: {"photos": 0, "texts": 0, "seconds": 0, **nothing})
+    monkeypatch.setattr(
+        train, "retrieval", lambda *_, **__: {"task": "retrieval", "photos": 0, "texts": 0, "seconds": 0, **nothing}
+    )
 
     def run(out, *flags):
         main(["--resume", "--out", str(out)] if flags == ("--resume",) else [*FAST, "--out", str(out), *flags])
@@ -215,8 +217,8 @@ def test_the_best_model_in_validation_is_kept(tmp_path, monkeypatch):
         final.update(model.trained_state())
         way = dict.fromkeys(("R@1", "R@5", "R@10"), next(scores) if k == 16 else 0.0)
         both = {"image_to_text": way, "text_to_image": way}
-        return {"photos": 1, "texts": 1, "k": k, "seconds": 0, "chance": both, "shuffled pictures": both, "itc": both,
-                "reranked": both, "subsets": {}, "mistakes": []}  # fmt: skip
+        return {"task": "retrieval", "photos": 1, "texts": 1, "k": k, "seconds": 0, "chance": both, "itc": both,
+                "shuffled pictures": both, "reranked": both, "subsets": {}, "mistakes": []}  # fmt: skip
 
     monkeypatch.setattr(train, "retrieval", fake)
     main([*FAST, "--out", str(tmp_path), "--steps", "6", "--eval-every", "2", "--save-every", "2", "--keep", "3"])
@@ -304,7 +306,7 @@ def test_cached_features_are_the_encoders_and_it_sees_each_photo_once(tmp_path, 
     model = Blip2.from_pretrained(tmp_path / "runs/a")
     (file,) = (tmp_path / "runs/features").glob("*.npy")
     photos = open_photos([str(path)], "train", 64)
-    photos.cached = CachedTokens(file)
+    photos.cached = CachedTokens(file, np.arange(len(photos)))
     for part in photos.held_out(4):  # each photo gets its own tokens
         own = [int(Path(part.name(row)).stem) for row in range(len(part))]
         assert np.array_equal(part.tokens(list(range(len(part)))).numpy(), np.load(file)[own])
