@@ -69,6 +69,7 @@ from metrics import (
     cider,
     direct_answer_accuracy,
     gqa_match,
+    lemmatize,
     ranks,
     recalls,
     reranked_ranks,
@@ -91,7 +92,7 @@ METRICS = {  # of one answer, given what people have answered
 WRITTEN = dict(num_beams=5, max_new_tokens=30, min_new_tokens=1, length_penalty=1.0, repetition_penalty=1.0)
 COCO = WRITTEN | dict(min_new_tokens=8)
 CAPTIONS = dict(task="captions", split="test", image_size=None, prompt=None)
-QUESTIONS = dict(task="vqa", split="val", image_size=None, template=None, clean=False, metric=None)
+QUESTIONS = dict(task="vqa", split="val", image_size=None, template=None, clean=False, metric=None, lemmatized=False)
 ZERO_SHOT = QUESTIONS | dict(image_size=224, clean=True, metric="vqa")
 RETRIEVAL = dict(task="retrieval", split="test", image_size=None, k=128, rerank="itm")
 PRESETS = {
@@ -100,7 +101,7 @@ PRESETS = {
     "nocaps-v1": CAPTIONS | COCO | dict(split="val", image_size=364, prompt="a photo of"),  # Tables 1 and 3
     "vqa-v1": QUESTIONS | ANSWERS,
     "vqav2-zeroshot-v1": ZERO_SHOT | ANSWERS,  # Table 2
-    "okvqa-zeroshot-v1": ZERO_SHOT | ANSWERS,
+    "okvqa-zeroshot-v1": ZERO_SHOT | ANSWERS | dict(lemmatized=True),  # counted beside the accuracy, not in its place
     "gqa-zeroshot-v1": ZERO_SHOT | ANSWERS | dict(metric="gqa"),
     "aokvqa-zeroshot-v1": ZERO_SHOT | ANSWERS | dict(metric="direct"),
     "vqav2-v1": QUESTIONS | ANSWERS | dict(image_size=490, metric="vqa"),  # Table 4
@@ -500,6 +501,7 @@ def vqa(
     candidates: list[str] | None = None,
     clean: bool = False,
     metric: str | None = None,
+    lemmatized: bool = False,
     kept: Kept | None = None,
     **decoding,
 ) -> dict:
@@ -540,7 +542,7 @@ def vqa(
         "task": "vqa",
         "photos": len(groups),
         "questions": len(records),
-        **answer_scores(answers, records, metric),
+        **answer_scores(answers, records, metric, lemmatized),
         "examples": [
             {"picture": photos.name(row), "question": records[row]["question"], "answer": answers[row]}
             | {"people": list(dict.fromkeys(records[row]["answer"]))}
@@ -555,17 +557,19 @@ def vqa(
     }
 
 
-def answer_scores(answers: list[str], records: list[dict], metric: str | None) -> dict:
-    """Accuracies in per cent, of the model and of who always says the most frequent answer; nothing for a test set
-    without answers."""
+def answer_scores(answers: list[str], records: list[dict], metric: str | None, lemmatized: bool) -> dict:
+    """Accuracies in per cent, of the model and of who always says the most frequent answer, and if asked for of the
+    lemmas of the model's answers; nothing for a test set without answers."""
     people = [record["answer"] for record in records]
     if not all(people):
         return {"metric": None}
     metric = metric or ("vqa" if all(len(texts) == 10 for texts in people) else "any")
     usual = Counter(text for texts in people for text in texts).most_common(1)[0][0]
     found = {"metric": metric, "majority answer": usual}
-    for name, said in (("accuracy of the majority answer", [usual] * len(people)), ("accuracy", answers)):
-        right = [METRICS[metric](answer, texts) for answer, texts in zip(said, people, strict=True)]
+    said = {"accuracy of the majority answer": [usual] * len(people)}
+    said |= {"accuracy of the lemmas": list(map(lemmatize, answers))} if lemmatized else {}
+    for name, texts in (said | {"accuracy": answers}).items():
+        right = [METRICS[metric](answer, others) for answer, others in zip(texts, people, strict=True)]
         found[name] = mean_percent(right)
     for kind in ("answer_type", "question_type"):
         by_kind: dict[str, list[float]] = {}
@@ -590,6 +594,8 @@ def vqa_table(result: dict) -> str:
             f'accuracy {result["accuracy"]:.2f} % ({result["metric"]}); always "{result["majority answer"]}": '
             f"{result['accuracy of the majority answer']:.2f} %"
         )
+    if "accuracy of the lemmas" in result:
+        lines.append(f"accuracy of the answers' lemmas {result['accuracy of the lemmas']:.2f} %")
     for kind in ("answer_type", "question_type"):
         if f"by {kind}" in result:
             numbers = list(result[f"by {kind}"].items())
@@ -960,6 +966,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             p.add_argument("--prompt", help="what the captions go on from")
         if command == "vqa":
             p.add_argument("--template", help="of the questions, with {} for the question")
+            p.add_argument(
+                "--lemmatized", action="store_true", default=None, help="count the lemmas of the answers, too"
+            )
             p.add_argument("--candidates", help="a JSON list of answers, of which the likeliest is taken")
     return parser.parse_args(argv)
 

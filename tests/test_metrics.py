@@ -16,6 +16,7 @@ from metrics import (
     cider,
     direct_answer_accuracy,
     gqa_match,
+    lemmatize,
     normalize_answer,
     rouge_l,
     vqa_accuracy,
@@ -191,6 +192,14 @@ def test_other_data_sets_have_other_rules():
     assert direct_answer_accuracy("red", ["red", "red", "blue"]) == pytest.approx(2 / 3)
     assert direct_answer_accuracy("Red", ["red"] * 10) == 0
     assert any_match("two", ["2", "pair"]) == 1 and any_match("three", ["2", "pair"]) == 0
+
+
+def test_lemmas():
+    pairs = "dogs:dog men:man berries:berry boxes:box glass:glass bus:bus tennis:tennis riding:ride running:run "
+    pairs += "walking:walk dancing:dance eating:eat cycling:cycle surfing:surf snowboarding:snowboard playing:play "
+    pairs += "skating:skate king:king string:string swimming:swim watching:watch buildings:building yes:yes"
+    assert {p: lemmatize(p.split(":")[0]) for p in pairs.split()} == {p: p.split(":")[1] for p in pairs.split()}
+    assert lemmatize("Riding horses") == "ride horse"
 
 
 def test_vqa_accuracy_equals_the_official_tool():
