@@ -8,12 +8,14 @@ Whatever is random about a sample (which caption or answer, crop, flip) is drawn
 So the data of step n are the same for any number of processes and workers, and after a resume.
 """
 
+import argparse
 import hashlib
 import json
 import math
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -26,16 +28,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import shapes
+from layouts import UserError, open_records, read_json
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
 
 MAX_PIXELS = 100_000_000  # a photo above this is taken for a mistake or an attack
 Image.MAX_IMAGE_PIXELS = None  # the check is ours, in `open_picture`, with a message of our own
 BROKEN_SHARE = 0.01  # above this share of unreadable photos a run stops
-
-
-class UserError(Exception):
-    """Something the user can mend. Its sentence says what was got, what was expected, what to type."""
 
 
 def say_sentence(main) -> int:
@@ -47,18 +46,6 @@ def say_sentence(main) -> int:
         sentence = str(error).rpartition("UserError: ")[2].strip()  # a loader's worker wraps it in its traceback
         print(f"error: {sentence}", file=sys.stderr)
         return 2
-
-
-def read_json(path: Path):
-    """The content of a JSON file, or a sentence about why not."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}): write it again, or name it .jsonl if it has one record a line"
-        ) from None
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -369,9 +356,9 @@ Drawn = tuple[str, str]  # what a step of training shows of a photo: "" and a ca
 class Annotations:
     """An annotation file beside a folder of photos.
 
-    .json:  [{"image": "a.jpg", "caption": "..." or ["...", ...], "image_id": optional}, ...], or Karpathy's
-            {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}, ...]}, ...]}; or, with `questions`,
-            [{"image": "a.jpg", "question": "...", "answer": "..." or ["...", ...], "question_id": optional}, ...]
+    .json:  [{"image": "a.jpg", "caption": "..." or ["...", ...], "image_id": optional}, ...]; or, with `questions`,
+            [{"image": "a.jpg", "question": "...", "answer": "..." or ["...", ...], "question_id": optional}, ...];
+            or what data sets publish, see layouts.py
     .jsonl: one such record a line
 
     Photos are looked for in `images`, by default the file's own folder. All records are checked at once; afterwards
@@ -462,51 +449,13 @@ class Annotations:
 
 
 def read_records(path: Path, split: str) -> list[dict]:
-    """The records of a .json or .jsonl file; of Karpathy's format those of the split. At least one."""
+    """The records of an annotation file of any layout in layouts.py; of Karpathy's those of the split."""
     if not path.is_file():
         raise UserError(
             f"--data {path} {'is a folder' if path.is_dir() else 'does not exist'}: "
             "expected a .json or .jsonl file, or the word shapes"
         )
-    if path.suffix == ".jsonl":
-        try:
-            with open(path, encoding="utf-8") as file:
-                content = [json.loads(line) for line in file if line.strip()]
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} has a line that is not JSON ({error}): expected one record a line") from None
-    else:
-        content = read_json(path)
-    if isinstance(content, dict) and isinstance(content.get("images"), list):
-        images = content["images"]
-        if images and all(isinstance(image, dict) and {"filename", "sentences"} <= set(image) for image in images):
-            return karpathy_records(path, images, split)
-    if isinstance(content, list) and content:
-        return content
-    got = f"an object with {sorted(content)[:5]}" if isinstance(content, dict) else f"a {type(content).__name__}"
-    raise UserError(
-        f'{path} holds {got if content else "nothing"}, expected a list of {{"image": ..., "caption": ...}}, '
-        'or Karpathy\'s {"images": [{"filename", "split", "sentences"}]}'
-    )
-
-
-def karpathy_records(path: Path, images: list[dict], split: str) -> list[dict]:
-    """Karpathy's entries of a split, as records; "restval" is COCO's, by custom for training."""
-    wanted = {"train", "restval"} if split == "train" else {split}
-    records = [
-        {
-            "image": os.path.join(image.get("filepath", ""), image["filename"]),
-            "caption": [sentence.get("raw", "") for sentence in image["sentences"]],
-            "image_id": image.get("cocoid", image.get("imgid")),
-        }
-        for image in images
-        if image.get("split", split) in wanted
-    ]
-    if not records:
-        there = ", ".join(sorted({image["split"] for image in images}))
-        raise UserError(
-            f"{path} has no photo of the split {split}, only of {there}: pass another file, or eval.py another --split"
-        )
-    return records
+    return open_records(path, split)[1]
 
 
 class Shapes(shapes.ShapesWorld):
@@ -885,3 +834,135 @@ def picture_loader(photos: Mixture, image_size: int, batches: list[list[int]], w
         collate_fn=as_it_is,
         generator=torch.Generator(),  # else a loader draws from the global one, and a validation would change dropout
     )
+
+
+# --- before a long run -----------------------------------------------------------------------------------------------
+
+
+class Files(Dataset):
+    """Paths -> (a hash of the file's content, why it cannot be read or "")."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[str, str]:
+        try:
+            content = Path(self.paths[row]).read_bytes()
+            open_picture(self.paths[row])
+        except OSError as error:
+            return "", f"{self.paths[row]} cannot be read ({error.strerror}): check the name and the folder (--images)"
+        except UserError as error:
+            return "", str(error)
+        return hashlib.sha256(content).hexdigest(), ""
+
+
+def check(args: argparse.Namespace) -> None:
+    """Read every record and every photo of some annotation files, and tell what is wrong with them.
+
+    Raises SystemExit(1) where anything is.
+    """
+    problems: dict[str, list[str]] = {}
+    texts = Texts(args.bert, 10**6) if args.bert else None
+    photos_of: list[dict[str, str]] = []  # of each file: photo -> hash of its content
+    for file in map(Path, args.annotations):
+        name, records = open_records(file, args.split)
+        folder = Path(args.images or file.parent)
+        records = [record for record in records if isinstance(record, dict) and isinstance(record.get("image"), str)]
+        paths = list(dict.fromkeys(str(folder / record["image"]) for record in records))
+        print(f"{file}: {name}, {len(records):,} records, {len(paths):,} photos in {folder}", flush=True)
+        problems |= {
+            f"{file}: {kind}": rows for kind, rows in text_problems(records, texts, args.max_text_tokens).items()
+        }
+        hashes, started = {}, time.time()
+        for path, (content, reason) in zip(paths, DataLoader(Files(paths), None, num_workers=args.workers)):
+            hashes[path] = content
+            if reason:
+                problems.setdefault(f"{file}: photos that cannot be read", []).append(reason)
+            if len(hashes) % 10_000 == 0:
+                print(f"  {len(hashes):,} photos, {len(hashes) / (time.time() - started):.0f} a second", flush=True)
+        first: dict[str, str] = {}
+        for path, content in hashes.items():
+            if content and first.setdefault(content, path) != path:
+                same = f"{path} is the same picture as {first[content]}: give their records one image_id"
+                problems.setdefault(f"{file}: photos that are there twice", []).append(same)
+        photos_of.append({content: path for path, content in hashes.items() if content})
+        for before, other in zip(photos_of, args.annotations):
+            if shared := [f"{path} is also in {other}" for content, path in photos_of[-1].items() if content in before]:
+                if other != str(file):
+                    problems[f"{file}: photos of {other}, fine unless one is to train and one to test"] = shared
+    for kind, rows in problems.items():
+        print(f"{kind}: {len(rows):,}", *(f"  {row}" for row in rows[:5]), sep="\n")
+        if len(rows) > 5:
+            print(f"  and {len(rows) - 5:,} more")
+    print(f"{sum(map(len, problems.values())):,} problems" if problems else "fine")
+    if problems:
+        raise SystemExit(1)
+
+
+def text_problems(records: list[dict], texts: Texts | None, limit: int) -> dict[str, list[str]]:
+    """What is wrong with the texts of some records, by kind; `limit` is that of their tokens, if these are counted."""
+    found: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for record in records:
+        asks = "question" in record
+        said = record.get("answer" if asks else "caption", [])
+        said = said if isinstance(said, list) else [said]
+        read = [record["question"]] if asks else said
+        if not said:
+            found.setdefault(f"without {'an answer' if asks else 'a caption'}", []).append(json.dumps(record))
+        for text in said:
+            if not isinstance(text, str) or not clean_caption(text):
+                found.setdefault("with an empty text", []).append(json.dumps(record))
+        for text, ids in zip(read, texts.encode([str(text) for text in read]) if texts and read else []):
+            if len(ids) > limit:
+                row = f"{len(ids)} tokens: {text}"
+                found.setdefault(f"texts that are cut at {limit} tokens (--max-text-tokens)", []).append(row)
+        key = json.dumps(record, sort_keys=True)
+        if key in seen:
+            found.setdefault("records that are there twice", []).append(key)
+        seen.add(key)
+    return found
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write the records of a published annotation file as this project has them, whole or not at all."""
+    name, records = open_records(Path(args.file), args.split, args.answers and Path(args.answers))
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist, make it first")
+    partial = out.with_name(f".{out.name}.tmp")
+    partial.write_text(json.dumps(records) + "\n", encoding="utf-8")
+    os.replace(partial, out)
+    texts = sum(len(record.get("caption", ["one question"])) for record in records)
+    what = "questions" if "question" in records[0] else "captions"
+    print(f"{args.file}: {name}, {len({record['image'] for record in records}):,} photos, {texts:,} {what}")
+    print(f"written to {out}; the photos: {records[0]['image']}, ... (pass their folder as --images)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """python data.py check | convert"""
+    parser = argparse.ArgumentParser(description="Annotation files, before a long run.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("check", help="missing and broken photos, duplicates, empty and long texts")
+    p.add_argument("annotations", nargs="+", help="annotation files; what several have in common is told")
+    p.add_argument("--images", help="folder of the photos, if not beside the annotation file")
+    p.add_argument("--bert", help="count the tokens of this BERT: which texts are cut at --max-text-tokens?")
+    p.add_argument("--max-text-tokens", type=int, default=32)
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read photos")
+    p.set_defaults(run=check)
+    c = commands.add_parser("convert", help="from a published layout (layouts.py) to this project's records")
+    c.add_argument("file", help="captions or questions")
+    c.add_argument("answers", nargs="?", help="VQA's second file, the annotations")
+    c.add_argument("--out", required=True, help="the .json to write")
+    c.set_defaults(run=convert)
+    for sub in (p, c):
+        sub.add_argument("--split", default="train", help="of Karpathy's files")
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(say_sentence(main))

@@ -69,6 +69,7 @@ from data import (
     open_photos,
     picture_loader,
     read_json,
+    sample_rng,
     say_sentence,
     train_loader,
 )
@@ -1054,7 +1055,10 @@ def validation_lines(model: Blip2, val: Mixture, result: dict, name: str, score:
     model.eval()
     for row in (0, len(val) // 2):
         images = model.encode_tokens(val.tokens([row])) if val.cached else model.encode_image(val.picture(row))
-        lines.append(f'  {val.name(row)}: "{model.caption(images)[0]}"; a person: "{val.captions(row)[0]}"')
+        question, text = val.draw(row, sample_rng(0, row))
+        said = model.ask(images, [question])[0] if question else model.caption(images)[0]
+        asked = f"{question} " if question else ""
+        lines.append(f'  {val.name(row)}: {asked}"{said}"; a person: "{text}"')
     model.train()
     return "\n".join(lines)
 

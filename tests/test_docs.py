@@ -72,6 +72,17 @@ def test_every_evaluation_has_only_flags_that_exist():
         eval.parse(words[2:])
 
 
+def test_every_data_command_has_only_flags_that_exist(capsys):
+    """Its files are not there; but the command line is understood."""
+    import data
+
+    lines = [words for words in commands("") if "data.py" in words]
+    assert {words[2] for words in lines} == {"check", "convert"}
+    for words in lines:
+        with pytest.raises(data.UserError, match=r"does not exist: check the path|has no tokenizer"):
+            data.main(words[2:])
+
+
 def test_own_photos_and_the_python_lines(tmp_path, monkeypatch):
     """The example file, a run over it, its evaluation, and the calls from Python, as the README has them."""
     import eval

@@ -383,6 +383,19 @@ def test_two_processes_fine_tune_like_one(tmp_path, runs, stage):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_validation_asks_the_questions_of_a_file(tmp_path, runs, capsys):
+    """And shows two of them; the best of the run is what answers best."""
+    flags = flags_of("vqa", runs, tmp_path)
+    flags[flags.index("--eval-every") + 1] = "3"
+    train.main([*flags, "--val-data", flags[flags.index("--data") + 1], "--out", f"{tmp_path}/run"])
+    said = capsys.readouterr().out
+    question = json.loads((tmp_path / "a.json").read_text())[0]["question"]
+    assert f'0.png: {question} "' in said and '; a person: "' in said
+    assert "the best so far" in said and (tmp_path / "run/best/model.safetensors").exists()
+    result = json.loads((tmp_path / "run/answers.json").read_text())
+    assert result["metric"] == "any" and result["questions"] == 48 and "seconds" not in result
+
+
 def test_freeze_vit_leaves_it_alone_and_out_of_the_checkpoint(tmp_path, runs):
     train.main([*flags_of("vqa", runs, tmp_path), "--freeze-vit", "--no-condition", "--out", f"{tmp_path}/run"])
     assert not any(key.startswith("vit.") for key in load_file(tmp_path / "run/model.safetensors"))
