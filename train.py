@@ -73,9 +73,9 @@ from data import (
     say_sentence,
     train_loader,
 )
-from eval import PHOTOS, REPORTS, answering, captioning, clock, retrieval, shard, telling, vqa, write_result
 from llm import OPTConfig, T5Config
 from losses import ITM_PRIOR, all_sum, barrier, gather_objects, say, smoothing_floor, start_processes, world
+from tasks import PHOTOS, REPORTS, answering, captioning, clock, retrieval, shard, telling, vqa, write_result
 from weights import llm_config
 
 # --- configuration ---------------------------------------------------------------------------------------------------

@@ -9,22 +9,23 @@ from conftest import LLMS, ROOT, run_many, small_model, stage2_model
 
 import eval
 import shapes
+import tasks
 from blip2 import Blip2
 from data import Texts, UserError, open_photos
-from eval import (
+from eval import main
+from metrics import chance, ranks, recalls, reranked_ranks
+from tasks import (
     Gallery,
     answer_table,
     answering,
     caption_table,
     captioning,
     gather_shards,
-    main,
     report,
     retrieval,
     shard,
     table,
 )
-from metrics import chance, ranks, recalls, reranked_ranks
 
 SIZES = dict(vocab_size=Texts(ROOT / "assets/tiny/bert").vocab_size, max_positions=40)
 
@@ -311,7 +312,7 @@ def know_all(model, photos, monkeypatch, wrong=()):
     right = {}
     for row in range(len(photos)):
         index = photos.find(row)[1]
-        for _, kind, question, answer in eval.chosen_questions(world, index, 4):
+        for _, kind, question, answer in tasks.chosen_questions(world, index, 4):
             right[row, question] = "something else" if kind in wrong else answer
 
     def ask(images, texts, **_):
@@ -319,7 +320,7 @@ def know_all(model, photos, monkeypatch, wrong=()):
             return [[right[row, question] for question in group] for row, group in enumerate(texts)]
         return [["nothing"] * len(group) for group in texts]
 
-    pictures = eval.encode_photos(model, photos, list(range(len(photos))), 0)
+    pictures = tasks.encode_photos(model, photos, list(range(len(photos))), 0)
     monkeypatch.setattr(model, "ask", ask)
 
 
@@ -329,7 +330,7 @@ def test_answers_are_counted_by_subset_and_kind_beside_the_controls(monkeypatch)
     know_all(model, photos, monkeypatch, wrong=["size"])
     result = answering(model, photos)
     sizes = sum(
-        kind == "size" for row in photos.chosen for _, kind, _, _ in eval.chosen_questions(photos.parts[0], row, 4)
+        kind == "size" for row in photos.chosen for _, kind, _, _ in tasks.chosen_questions(photos.parts[0], row, 4)
     )
     assert result["accuracy"]["the picture"]["all"] == pytest.approx(100 * (1 - sizes / result["questions"]))
     assert list(result["accuracy"]["the picture"]) == ["all", "seen", "held-out pairs", "held-out wordings"]
@@ -345,7 +346,7 @@ def test_answers_are_counted_by_subset_and_kind_beside_the_controls(monkeypatch)
 
 def test_questions_about_held_out_pairs_name_such_a_pair():
     world = open_photos(["shapes"], "test", 8).parts[0]
-    asked = [q for index in range(500, 700) for q in eval.chosen_questions(world, index, 4)]
+    asked = [q for index in range(500, 700) for q in tasks.chosen_questions(world, index, 4)]
     assert {subset for subset, *_ in asked} == {"held-out pairs"} and len(asked) > 300
     for _, _, question, answer in asked:
         words = set(f"{question} {answer}".replace("?", "").split())
@@ -360,10 +361,10 @@ def test_the_ceiling_reads_the_caption_in_the_place_of_the_picture():
     for kind in LLMS:
         model, photos = stage2_model(kind), few(60)
         asked = [(row, question, answer) for row in range(60)
-                 for _, _, question, answer in eval.chosen_questions(photos.parts[0], row, 4)]  # fmt: skip
+                 for _, _, question, answer in tasks.chosen_questions(photos.parts[0], row, 4)]  # fmt: skip
         shares = []
         for shift in (0, 30):
-            said = eval.answers_to_text(model, [(photos.captions((row + shift) % 60)[0], q) for row, q, _ in asked])
+            said = tasks.answers_to_text(model, [(photos.captions((row + shift) % 60)[0], q) for row, q, _ in asked])
             shares.append(sum(a == right for a, (_, _, right) in zip(said, asked)) / len(asked))
         assert shares[0] > 0.75 and shares[0] > shares[1] + 0.2
 
@@ -371,7 +372,7 @@ def test_the_ceiling_reads_the_caption_in_the_place_of_the_picture():
 def test_a_caption_is_right_in_any_wording_and_order():
     scene = open_photos(["shapes"], "test", 8).parts[0].scene(0)
     a, b = scene
-    right = eval.told_right(scene)
+    right = tasks.told_right(scene)
     assert (
         f"{a.words} {shapes.relation(a, b)} {b.words}" in right
         and f"{b.words} {shapes.relation(b, a)} {a.words}" in right

@@ -9,10 +9,12 @@ from conftest import ROOT, run_many, shared, stage2_model
 from safetensors import safe_open
 
 import eval as evaluation
+import tasks
 from blip2 import Blip2
 from data import UserError, clean_question, open_photos
-from eval import PRESETS, Kept, captioning, retrieval, shares, vqa, vqa_table, write_result
+from eval import PRESETS
 from shapes import ShapesWorld
+from tasks import Kept, captioning, retrieval, shares, vqa, vqa_table, write_result
 
 RUN = str(ROOT / "assets/tiny/blip2")
 PRECISE = ["--precision", "fp32", "--device", "cpu"]
@@ -213,7 +215,7 @@ def test_what_another_preset_or_split_has_left_is_not_taken(tmp_path):
 
 def test_shares_are_whole_batches_and_cover_all(monkeypatch):
     for count, processes in ((0, 1), (1, 3), (130, 2), (640, 4), (5000, 8)):
-        monkeypatch.setattr(evaluation, "world", lambda n=processes: (0, n))
+        monkeypatch.setattr(tasks, "world", lambda n=processes: (0, n))
         parts = shares(count)
         assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
         assert all(part.start % 64 == 0 for part in parts if part.stop > part.start)
