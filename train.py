@@ -182,7 +182,7 @@ RECIPES = {
     "retrieval, paper, ViT-L": dict(**RETRIEVAL | dict(lr=5e-6, beta2=0.98), vit_lr_decay=1.0),
     "retrieval, paper, ViT-g": dict(**RETRIEVAL, vit_lr_decay=0.95),
     # The tiny language model has never read "a photo of".
-    "caption, tiny": dict(**TINY_TUNING | dict(steps=1600), prompt=""),
+    "caption, tiny": dict(**TINY_TUNING | dict(lr=3e-4, steps=1600), prompt=""),
     "vqa, tiny": dict(**TINY_TUNING),
     "retrieval, tiny": dict(**TINY_TUNING | dict(lr=3e-4), negatives_ramp=0),
 }  # fmt: skip

@@ -782,7 +782,12 @@ def holds_vit(files: list[Path]) -> bool:
 
 # Beginnings of keys -> what they are, in the order in which they are tried.
 PARTS = {
-    "run": {"qformer.": "Q-Former", "llm_proj.": "projection to the language model", "": "heads of stage 1"},
+    "run": {
+        "vit.": "ViT",
+        "qformer.": "Q-Former",
+        "llm_proj.": "projection to the language model",
+        "": "heads of stage 1",
+    },
     "blip-2": {
         "vision_model.": "ViT",
         "language_model.": "language model",
@@ -809,8 +814,10 @@ def inspect(path: Path) -> str:
     kind = config.get("model_type")
     if config.get("model") == "blip2":
         kind = "run"
-        lines.append(f"{path}: a run of this code, stage {2 if config.get('llm') else 1}, {config['image_size']} px")
-        lines += [f"  --{part} {config[part]}" for part in ("vit", "llm") if config.get(part)]
+        stage = config.get("train", {}).get("stage") or (2 if config.get("llm") else 1)
+        lines.append(f"{path}: a run of this code, stage {stage}, {config['image_size']} px")
+        own = ("llm",) if config.get("vit_trained") else ("vit", "llm")  # else it holds its ViT
+        lines += [f"  --{part} {config[part]}" for part in own if config.get(part)]
     elif kind == "blip-2":
         stage2 = any(key.startswith("language_model.") for key in tensors)
         text = f"with {config.get('text_config', {}).get('model_type', 'opt')}" if stage2 else "for retrieval"

@@ -245,7 +245,31 @@ def captions_table() -> str:
     return "\n".join(lines)
 
 
+def tuned_answers_table() -> str:
+    """Fine-tuning for VQA in the shapes world, three seeds: before, and with the question in the Q-Former or not."""
+    lines = [row("right answers, %", *SUBSETS), "|---|---|---|---|---|"]
+    for title, names in (
+        ("before", stage2_logs("opt", "init")),
+        ("fine-tuned, `--no-condition`", [f"finetune-vqa-no-condition-seed{seed}" for seed in range(3)]),
+        ("fine-tuned, the Q-Former reads the question", [f"finetune-vqa-seed{seed}" for seed in range(3)]),
+    ):
+        runs = [log(name)["accuracy"]["the picture"] for name in names]
+        lines.append(row(title, *(spread([run[subset] for run in runs]) for subset in SUBSETS)))
+    return "\n".join(lines)
+
+
+def tuned_retrieval_table() -> str:
+    """Fine-tuning for retrieval in the shapes world, three seeds."""
+    lines = [row("R@1, %", "picture finds caption", "caption finds picture"), "|---|---|---|"]
+    for title, name in (("before", "finetune-retrieval-before"), ("fine-tuned", "finetune-retrieval")):
+        runs = [log(f"{name}-seed{seed}") for seed in range(3)]
+        lines.append(mean_row(f"{title}, ITC", [run["itc"] for run in runs]))
+        lines.append(mean_row(f"{title}, ITM re-ranks 128", [run["reranked"] for run in runs]))
+    return "\n".join(lines)
+
+
 TABLES = [shapes_table, losses_table, photos_table, answers_table, figure5_table, captions_table]
+TABLES += [tuned_answers_table, tuned_retrieval_table]
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -411,6 +411,18 @@ def test_what_other_formats_cannot_hold_is_refused(tmp_path, runs):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_fine_tuned_run_is_exported_with_its_own_vit(tmp_path, runs):
+    """And opened again; `inspect` tells what it is."""
+    train.main([*flags_of("retrieval", runs, tmp_path), "--out", f"{tmp_path}/run"])
+    model = Blip2.from_pretrained(tmp_path / "run")
+    weights.export(model, "hf", tmp_path / "hf", "fp32")
+    again, picture = Blip2.from_pretrained(tmp_path / "hf"), ShapesWorld("train").picture(0)
+    expected = model.encode_image(picture).feats
+    torch.testing.assert_close(again.encode_image(picture).feats, expected, rtol=0, atol=1e-3)  # another eps of a norm
+    said = weights.inspect(tmp_path / "run")
+    assert "a run of this code, stage retrieval, 48 px" in said and "--vit" not in said and "ViT " in said
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
