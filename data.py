@@ -368,8 +368,14 @@ class Annotations:
     neighbours = 1  # every photo stands for itself
 
     def __init__(
-        self, path: str | Path, split: str = "train", images: str | Path | None = None, questions: bool = False
+        self,
+        path: str | Path,
+        split: str = "train",
+        images: str | Path | None = None,
+        questions: bool = False,
+        need_texts: bool = True,
     ):
+        self.need_texts = need_texts and not questions  # else a photo without captions, or answers, may be told of
         self.path, self.folder, self.asks = Path(path), Path(images or Path(path).parent), questions
         self.texts, self.unanswered = 0, 0  # captions or questions of all photos; questions without an answer
         lines = [json.dumps(record).encode() for record in self.check(read_records(self.path, split))]
@@ -381,13 +387,14 @@ class Annotations:
         what, problems = "answer" if self.asks else "caption", []
         needed = "question" if self.asks else "caption"
         for number, record in enumerate(records):
-            if not isinstance(record, dict) or not isinstance(record.get("image"), str) or needed not in record:
+            missing = needed not in record and (self.asks or self.need_texts) if isinstance(record, dict) else True
+            if missing or not isinstance(record.get("image"), str):
                 got = sorted(record) if isinstance(record, dict) else type(record).__name__
                 problems.append(f'record {number} has {got}, expected "image" and "{needed}"')
                 continue
-            texts = record.get(what, [])  # a question of a test set has no answer
+            texts = record.get(what, [])
             texts = texts if isinstance(texts, list) else [texts]
-            empty = not texts and not self.asks
+            empty = not texts and self.need_texts
             if empty or not all(isinstance(text, str) and clean_caption(text) for text in texts):
                 problems.append(f"record {number} ({record['image']}) has an empty {what}: write one, or take it out")
                 continue
@@ -596,13 +603,22 @@ class Mixture:
 
 
 def open_photos(
-    specs: list[str], split: str, image_size: int, images: str | None = None, questions: bool = False
+    specs: list[str],
+    split: str,
+    image_size: int,
+    images: str | None = None,
+    questions: bool = False,
+    need_texts: bool = True,
 ) -> Mixture:
-    """What `--data` names: "shapes" or annotation files, several are mixed; with captions, or with questions."""
+    """What `--data` names: "shapes" or annotation files, several are mixed; with captions, or with questions.
+
+    need_texts: refuse photos without a caption, which are fine where they are to be told of. (Questions of a test set
+    have no answers.)
+    """
     world = ShapesQuestions if questions else Shapes
     return Mixture(
         [
-            world(split, image_size) if spec == "shapes" else Annotations(spec, split, images, questions)
+            world(split, image_size) if spec == "shapes" else Annotations(spec, split, images, questions, need_texts)
             for spec in specs
         ]
     )

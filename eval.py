@@ -313,7 +313,14 @@ def run_preset(model: Blip2, args: argparse.Namespace, preset: dict, changed: di
         raise UserError("eval.py vqa needs --data with questions; for the shapes world use: python eval.py answers")
     if args.command == "vqa":
         model.need_llm()
-    photos = open_photos(args.data or ["shapes"], preset["split"], model.image_size, args.images, args.command == "vqa")
+    photos = open_photos(
+        args.data or ["shapes"],
+        preset["split"],
+        model.image_size,
+        args.images,
+        questions=args.command == "vqa",
+        need_texts=args.command == "retrieval",
+    )
     how = {key: value for key, value in preset.items() if key not in ("task", "split", "image_size")}
     resolved = preset | {"image_size": model.image_size, "precision": args.precision}
     if "template" in preset:

@@ -169,6 +169,18 @@ def test_captions_by_domain_and_for_the_server(tmp_path):
     assert server[0]["caption"] == list(result["captions"].values())[0]
 
 
+def test_photos_without_captions_are_told_of_for_the_server(tmp_path):
+    """COCO's and NoCaps' test sets; retrieval needs captions, and says so."""
+    caption_file(tmp_path, 3)
+    images = [{"file_name": f"{i}.png", "id": i} for i in range(3)]
+    (tmp_path / "test.json").write_text(json.dumps({"images": images, "info": {}}))
+    out, data = tmp_path / "server.json", str(tmp_path / "test.json")
+    result = evaluation.main(["captions", "--checkpoint", RUN, "--data", data, "--predictions", str(out), *PRECISE])
+    assert "CIDEr" not in result and len(json.loads(out.read_text())) == 3
+    with pytest.raises(UserError, match='expected "image" and "caption"'):
+        evaluation.main(["retrieval", "--checkpoint", RUN, "--data", data, *PRECISE])
+
+
 def test_the_prompt_of_a_run_is_used_by_itself(tmp_path):
     model = stage2_model("opt")
     model.prompt = "a photo of"
