@@ -29,8 +29,6 @@ def watched(qformer):
         x, (k, v) = inputs
         q = module.q(x).unflatten(2, (module.heads, -1)).transpose(1, 2)
         probabilities = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
-        if probabilities.requires_grad:
-            probabilities.retain_grad()
         seen.append(probabilities)
         return module.ln(x + module.proj((probabilities @ v).transpose(1, 2).flatten(2)))
 
@@ -60,10 +58,10 @@ def attention_maps(model, photo) -> Tensor:
 def word_map(model, photo, word: str, prompt: str = "", question: str = "") -> Tensor:
     """Where in a photo that is which speaks for the word: (h, w), the largest is 1.
 
-    Attention times the positive part of its gradient, summed over blocks, heads and queries, as ALBEF draws it (Li et
-    al., 2021, after Grad-CAM). The gradient is that of the word's log-probability behind the prompt, or without a
-    language model that of the verdict "this text and this photo match". question: of which the prompt is made, for a
-    model whose Q-Former reads it too.
+    Attention times the positive part of its gradient, summed over heads and queries, as ALBEF draws it (Li et al.,
+    2021, after Grad-CAM); of the last block, where it is sharpest. The gradient is that of the word's log-probability
+    behind the prompt, or without a language model that of the verdict "this text and this photo match". question: of
+    which the prompt is made, for a model whose Q-Former reads it too.
     """
     reads = model.llm is None or model.conditioned  # the Q-Former reads a text, together with the photo
     if not word.strip():
@@ -82,9 +80,8 @@ def word_map(model, photo, word: str, prompt: str = "", question: str = "") -> T
             score = model.itm_logits(query_out)[0, 1]
         else:
             score = word_log_prob(model, query_out, word, prompt)
-        gradients = torch.autograd.grad(score, seen)
-    weighted = sum((a * g.clamp(min=0)).sum(dim=(0, 1, 2)) for a, g in zip(seen, gradients)).detach().float()
-    found = on_patches(model, weighted)
+        (gradient,) = torch.autograd.grad(score, seen[-1:])
+    found = on_patches(model, (seen[-1] * gradient.clamp(min=0)).detach().float().sum(dim=(0, 1, 2)))
     return found / found.max().clamp(min=1e-12)
 
 
@@ -140,7 +137,11 @@ def draw_attention(
         f"query {query}": each[query] for query in queries or sorted(peaked.topk(min(3, len(each))).indices.tolist())
     }
     if word:
-        if not prompt and model.llm is not None and word in caption.split():
+        if not prompt and model.llm is not None:
+            if word not in caption.split():  # behind nothing, the score is about what a caption begins with
+                raise UserError(
+                    f'--word {word} is not in the caption "{caption}": add the --question, or the --prompt, it answers'
+                )
             prompt = caption[: f" {caption} ".index(f" {word} ")].rstrip()
         maps[f'for "{word}"' + f' behind "{prompt}"' * bool(prompt)] = word_map(model, photo, word, prompt, question)
     return sheet(photo, maps)

@@ -124,7 +124,11 @@ def test_the_command_line_draws(tmp_path, capsys):
         (["--attention", "nowhere/a.png"], "--attention nowhere/a.png: the folder nowhere does not exist"),
         (["--attention", "a.png", "--image", "assets"], "--attention is about one photo, assets is a folder"),
         (["--attention", "a.png", "--queries", "99"], "got the queries [99], expected numbers from 0 to 7"),
-        (["--attention", "a.png", "--word", " "], "got the word ' ', in which there is nothing to look for"),
+        (["--attention", "a.png", "--word", "zebra"], "--word zebra is not in the caption "),
+        (
+            ["--attention", "a.png", "--word", " ", "--prompt", "a"],
+            "got the word ' ', in which there is nothing to look for",
+        ),
     ],
 )
 def test_wrong_flags_get_a_sentence(flags, sentence, tmp_path):
