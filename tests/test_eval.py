@@ -280,7 +280,7 @@ def test_shuffled_pictures_are_the_control():
 @pytest.mark.parametrize("losses", ["itc,itg", "itc,itm,itg"])
 def test_a_run_without_itm_is_not_reranked(losses, tmp_path, monkeypatch, capsys):
     """Its ITM head is as random as at the start."""
-    monkeypatch.setattr(eval, "open_photos", lambda *_: few(4))
+    monkeypatch.setattr(eval, "open_photos", lambda *_, **__: few(4))
     monkeypatch.setattr(Blip2, "from_pretrained", lambda *_, **__: shapes_model())
     (tmp_path / "config.json").write_text(json.dumps({"train": {"losses": losses}}))
     result = main(["retrieval", "--checkpoint", str(tmp_path)])
