@@ -536,9 +536,9 @@ class Blip2(nn.Module):
             image_kv = self.image_kv(image_tokens)  # once, for all the passes below
             cache = Prefix()
             query_out = self.qformer.encode_queries(image_kv, cache)  # (B, Q, D)
-            text_out = self.qformer.encode_text(batch.text_ids, batch.text_mask)  # (B, T, D)
+            text_cls = self.qformer.encode_text(batch.text_ids, batch.text_mask)  # (B, D)
 
-            feats = torch.cat((self.image_feats(query_out), self.text_feats(text_out[:, 0])[:, None]), dim=1)
+            feats = torch.cat((self.image_feats(query_out), self.text_feats(text_cls)[:, None]), dim=1)
             feats_all = all_gather(feats)  # (N, Q+1, E), with gradient
             positives = batch.image_ids[:, None] == all_gather(batch.image_ids)  # (B, N): of one photo
             sim_i2t, sim_t2i = itc_similarity(
@@ -576,7 +576,7 @@ class Blip2(nn.Module):
         ids, mask, ids_all, mask_all = all_gather_ragged(batch.text_ids, batch.text_mask)
         text_ids = torch.cat((ids, ids, ids_all[text_neg]))
         text_mask = torch.cat((mask, mask, mask_all[text_neg]))
-        query_out, _ = self.qformer("itm", text_ids, text_mask, image_kv)
+        query_out = self.qformer.encode_pairs(text_ids, text_mask, image_kv)
         is_match = torch.arange(3 * B, device=text_ids.device) < B
         return itm_loss(self.itm_logits(query_out), is_match, F.pad(found, (B, 0), value=True), total)
 
@@ -603,7 +603,7 @@ class Blip2(nn.Module):
             image_tokens = batch.image_tokens if batch.images is None else self.image_tokens(batch.images)
             image_kv = self.image_kv(image_tokens)
             if self.conditioned:  # the queries see the question too (Figure 7); only they go on
-                query_out, _ = self.qformer("itm", batch.text_ids, batch.text_mask, image_kv)
+                query_out = self.qformer.encode_pairs(batch.text_ids, batch.text_mask, image_kv)
             else:
                 query_out = self.qformer.encode_queries(image_kv)  # (B, Q, D)
         prompt, prompt_mask = self.llm_prompt(query_out, batch.prompt_ids, batch.prompt_mask)
@@ -666,7 +666,7 @@ class Blip2(nn.Module):
         for rows in batches_of(order, batch_size):
             text_ids, text_mask = pad([ids[i] for i in rows], self.texts.pad_id)
             with self.autocast():
-                text_cls = self.qformer.encode_text(text_ids.to(self.device), text_mask.to(self.device))[:, 0]
+                text_cls = self.qformer.encode_text(text_ids.to(self.device), text_mask.to(self.device))
                 cls[rows], feats[rows] = text_cls.float(), self.text_feats(text_cls)
         return EncodedTexts(*pad(ids, self.texts.pad_id), cls, feats)
 
@@ -715,7 +715,7 @@ class Blip2(nn.Module):
                 text, real = (t[text_rows[chunk], :longest].to(self.device) for t in (ids, mask))
                 with self.autocast():
                     kv = [(k[rows], v[rows]) for k, v in image_kv]
-                    query_out, _ = self.qformer("itm", text, real, kv)
+                    query_out = self.qformer.encode_pairs(text, real, kv)
                 yield chunk.to(self.device), query_out
 
     def seen_with(self, images: EncodedImages, rows: list[int], questions: list) -> tuple[EncodedImages, list[int]]:

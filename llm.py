@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from generate import KVCache
-from qformer import attend
+from qformer import attend, heads_of, queries_keys_values
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class Layout:
     pads: str  # side on which the prompts of a batch are padded
     prefix_lm: bool  # trained on the second part of a caption given the first (paper 3.3), or on all of it
     template: str  # of a question
-
-
-def heads_of(x: Tensor, heads: int) -> Tensor:
-    """(B, S, H*K) -> (B, H, S, K)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def causal_mask(real: Tensor, rows: int) -> Tensor:
@@ -85,19 +80,22 @@ class OPTBlock(nn.Module):
         self.fc1 = nn.Linear(cfg.width, cfg.mlp)
         self.fc2 = nn.Linear(cfg.mlp, cfg.width)
 
-    def forward(self, x: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, cache: KVCache | None = None, read: int | None = None) -> Tensor:
+        """(B, rows, L) -> the same, or of the last `read` rows (B, read, L): what the others see, nobody asks."""
+        behind = x if read is None else x[:, -read:]
         if self.pre_norm:
-            x = x + self.attention(self.ln_1(x), mask, cache)
+            x = behind + self.attention(self.ln_1(x), mask, cache, read)
             return x + self.fc2(F.relu(self.fc1(self.ln_2(x))))
-        x = self.ln_1(x + self.attention(x, mask, cache))
+        x = self.ln_1(behind + self.attention(x, mask, cache, read))
         return self.ln_2(x + self.fc2(F.relu(self.fc1(x))))
 
-    def attention(self, x: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
+    def attention(self, x: Tensor, mask: Tensor, cache: KVCache | None, read: int | None) -> Tensor:
         """Self-attention, also to what the cache holds."""
-        q, k, v = (heads_of(part, self.heads) for part in self.qkv(x).chunk(3, dim=2))
+        asking = x if read is None else x[:, -read:]
+        q, k, v = (heads_of(part, self.heads) for part in queries_keys_values(self.qkv, x, asking))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, mask[:, :, -asking.shape[1] :]).transpose(1, 2).flatten(2))
 
 
 class OPT(nn.Module):
@@ -154,20 +152,22 @@ class OPT(nn.Module):
         """
         x = torch.cat((prompt, self.embed(target[:, :-1])), dim=1)
         real = F.pad(prompt_mask, (0, target.shape[1] - 1), value=True)
-        x = self.run(x, real)[:, prompt.shape[1] - 1 :]  # the prompt's last position predicts the first token
+        x = self.run(x, real, read=target.shape[1])  # the prompt's last position predicts the first token
         return self.logits(x.flatten(0, 1)[label_rows])
 
-    def run(self, x: Tensor, real: Tensor, cache: KVCache | None = None) -> Tensor:
-        """All blocks over x (B, rows, L), the last `rows` of the positions `real` (B, S)."""
+    def run(self, x: Tensor, real: Tensor, cache: KVCache | None = None, read: int | None = None) -> Tensor:
+        """All blocks over x (B, rows, L), the last `rows` of the positions `real` (B, S); of the result, only the last
+        `read` rows if given."""
         # OPT counts real tokens only, and from 2.
         positions = (real.cumsum(dim=1) * real + 1)[:, -x.shape[1] :]
         x = self.project_in(x) + self.position_embedding(positions)
         mask = causal_mask(real, x.shape[1])
         for block in self.blocks:
+            rows = read if block is self.blocks[-1] else None
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, mask, None, rows, use_reentrant=False)
             else:
-                x = block(x, mask, cache)
+                x = block(x, mask, cache, rows)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class OPTDecoder(LLMDecoder):
 
     def start(self) -> Tensor:
         """Run the prompt -> logits of the first token (B, W)."""
-        return self.model.logits(self.model.run(self.prompt, self.real, self.cache)[:, -1])
+        return self.model.logits(self.model.run(self.prompt, self.real, self.cache, read=1)[:, 0])
 
     def append(self, tokens: Tensor) -> Tensor:
         """Tokens (R, T) behind what is there -> logits (R, T, W) of what follows each."""

@@ -104,6 +104,21 @@ def attend(
     return drop(scores.softmax(dim=-1), dropout) @ v
 
 
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """(B, S, H*K) -> (B, H, S, K)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def queries_keys_values(qkv: nn.Linear, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention's queries of the rows `asking` (B, rows, D) of x (B, S, D), keys and values of all. Where all ask, as
+    everywhere but in a last block of which few rows are read, they are one product."""
+    if asking is x:
+        return qkv(x).chunk(3, dim=2)
+    D = x.shape[2]
+    k, v = F.linear(x, qkv.weight[D:], qkv.bias[D:]).chunk(2, dim=2)
+    return F.linear(asking, qkv.weight[:D], qkv.bias[:D]), k, v
+
+
 class Prefix:
     """The self-attention keys and values of the query pass, kept for the text that follows (ITG)."""
 
@@ -129,14 +144,17 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(cfg.width, cfg.width)
         self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
-        B, S, D = x.shape
-        q, k, v = self.qkv(x).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, S, K)
+    def forward(self, x: Tensor, mask: Tensor | None, cache, read: int | None) -> Tensor:
+        """(B, S, D) -> (B, S, D), or of the first `read` rows (B, read, D): what the others see, nobody asks."""
+        asking = x if read is None else x[:, :read]
+        q, k, v = (heads_of(part, self.heads) for part in queries_keys_values(self.qkv, x, asking))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        if mask is not None and read is not None:
+            mask = mask[:, :, :read]
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, S, D)
-        return self.ln(x + drop(self.proj(out), dropout))
+        out = attend(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
+        return self.ln(asking + drop(self.proj(out), dropout))
 
 
 class CrossAttention(nn.Module):
@@ -152,14 +170,12 @@ class CrossAttention(nn.Module):
 
     def image_kv(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P, V) -> keys and values (B, H, P, K)."""
-        k, v = self.kv(image_tokens).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return k, v
+        k, v = self.kv(image_tokens).chunk(2, dim=2)
+        return heads_of(k, self.heads), heads_of(v, self.heads)
 
     def forward(self, x: Tensor, image_kv: tuple[Tensor, Tensor]) -> Tensor:
-        B, Q, D = x.shape
-        q = self.q(x).view(B, Q, self.heads, -1).transpose(1, 2)  # (B, H, Q, K)
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, *image_kv, None, dropout).transpose(1, 2).reshape(B, Q, D)
+        out = attend(heads_of(self.q(x), self.heads), *image_kv, None, dropout).transpose(1, 2).flatten(2)
         return self.ln(x + drop(self.proj(out), dropout))
 
 
@@ -188,8 +204,8 @@ class Block(nn.Module):
         self.ffn_query = FeedForward(cfg)
         self.ffn_text = FeedForward(cfg)
 
-    def forward(self, x: Tensor, num_queries: int, mask: Tensor | None, image_kv, cache) -> Tensor:
-        x = self.attn(x, mask, cache)  # (B, S, D)
+    def forward(self, x: Tensor, num_queries: int, mask: Tensor | None, image_kv, cache, read: int | None) -> Tensor:
+        x = self.attn(x, mask, cache, read)  # (B, S, D), or (B, read, D)
         parts = []
         if num_queries:
             queries = x[:, :num_queries]
@@ -217,9 +233,10 @@ class LMHead(nn.Module):
 class QFormer(nn.Module):
     """The queries, BERT's embeddings and blocks, the cross-attention, the LM head.
 
-    Four ways through the same blocks: the joint pass `forward`, which takes any of the three masks and is the one to
-    read; and its parts, which do no work twice: `encode_queries`, `encode_text`, and `decode_text` on the keys and
-    values that `encode_queries` left in a cache. tests/test_masks.py proves them equal.
+    Five ways through the same blocks: the joint pass `forward`, which takes any of the three masks and is the one to
+    read; and its parts, which do no work twice and none that nobody reads: `encode_queries`, `encode_text`,
+    `encode_pairs`, and `decode_text` on the keys and values that `encode_queries` left in a cache. tests/test_masks.py
+    proves them equal.
     """
 
     def __init__(self, cfg: QFormerConfig):
@@ -252,11 +269,14 @@ class QFormer(nn.Module):
         """Cross-attention keys and values of (B, P, V) image tokens: computed once for all passes that need them."""
         return [block.cross.image_kv(image_tokens) for block in self.blocks if block.cross is not None]
 
-    def forward(self, kind: str, text_ids: Tensor, text_mask: Tensor, image_kv: ImageKV) -> tuple[Tensor, Tensor]:
-        """The joint pass: queries and text at once under one of the three masks -> query_out, text_out."""
+    def forward(
+        self, kind: str, text_ids: Tensor, text_mask: Tensor, image_kv: ImageKV, read: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The joint pass: queries and text at once under one of the three masks -> query_out, text_out; what lies
+        beyond the first `read` rows, if given, is left out."""
         Q = self.cfg.num_queries
         x = torch.cat((self.queries.expand(len(text_ids), -1, -1), self.embed(text_ids)), dim=1)
-        x = self.run(x, Q, qformer_mask(kind, text_mask, Q), image_kv)
+        x = self.run(x, Q, qformer_mask(kind, text_mask, Q), image_kv, read=read)
         return x[:, :Q], x[:, Q:]
 
     def encode_queries(self, image_kv: ImageKV, cache=None) -> Tensor:
@@ -265,8 +285,12 @@ class QFormer(nn.Module):
         return self.run(self.queries.expand(batch, -1, -1), self.cfg.num_queries, None, image_kv, cache)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Text alone, bi-directional -> text_out (B, T, D); row 0 is [CLS]."""
-        return self.run(self.embed(text_ids), 0, qformer_mask("itc", text_mask, 0))
+        """Text alone, bi-directional -> text_out of [CLS] (B, D)."""
+        return self.run(self.embed(text_ids), 0, qformer_mask("itc", text_mask, 0), read=1)[:, 0]
+
+    def encode_pairs(self, text_ids: Tensor, text_mask: Tensor, image_kv: ImageKV) -> Tensor:
+        """Image and text together, bi-directional -> query_out (B, Q, D)."""
+        return self("itm", text_ids, text_mask, image_kv, read=self.cfg.num_queries)[0]
 
     def decode_text(self, text_ids: Tensor, text_mask: Tensor, cache, start: int = 0) -> Tensor:
         """Text under the causal mask, behind the queries that `cache` holds -> (B, T, D).
@@ -291,12 +315,22 @@ class QFormer(nn.Module):
             )
         return self.word_embedding(text_ids) + self.position_embedding.weight[start:end]
 
-    def run(self, x: Tensor, num_queries: int, mask: Tensor | None, image_kv: ImageKV = (), cache=None) -> Tensor:
-        """All blocks over x (B, S, D), whose first `num_queries` rows are queries."""
+    def run(
+        self,
+        x: Tensor,
+        num_queries: int,
+        mask: Tensor | None,
+        image_kv: ImageKV = (),
+        cache=None,
+        read: int | None = None,
+    ) -> Tensor:
+        """All blocks over x (B, S, D), whose first `num_queries` rows are queries; of the result, only the first `read`
+        rows if given."""
         x = drop(self.embedding_ln(x), self.cfg.dropout if self.training else 0.0)
         kv = iter(image_kv)
         for block in self.blocks:
-            x = block(x, num_queries, mask, next(kv) if num_queries and block.cross is not None else None, cache)
+            block_kv = next(kv) if num_queries and block.cross is not None else None
+            x = block(x, num_queries, mask, block_kv, cache, read if block is self.blocks[-1] else None)
         return x
 
 

@@ -44,12 +44,13 @@ class ViTConfig:
     std: tuple[float, ...] = CLIP_STD
 
 
-# The paper's two encoders (3.4). Published depths are 40 and 24; the last block is gone here.
+# The paper's two encoders (3.4), and a small one. Published depths are 40, 24 and 12; the last block is gone here.
 PRESETS = {
     "eva-g": ViTConfig(1408, depth=39, heads=16, mlp=6144, key_bias=False),  # 985,894,528 parameters
     "clip-l": ViTConfig(  # 290,581,504 parameters
         1024, depth=23, heads=16, mlp=4096, act="quick_gelu", eps=1e-5, ln_pre=True, conv_bias=False, align_corners=True
     ),
+    "dinov2-s": ViTConfig(384, depth=11, heads=6, mlp=1536),
 }
 
 

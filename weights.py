@@ -335,20 +335,24 @@ def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
     return replace(cfg, mean=tuple(mean), std=tuple(std)), table
 
 
+BARE_FILES = {"eva-g": EVA, "clip-l": CLIP_BARE}  # encoders whose published file has no config
+
+
 def load_vit(
     spec: str, last_block: bool = False, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[ViT, str, list[Path]]:
     """The encoder that `--vit` names -> the ViT, the account of its loading, and the files it came from.
 
-    spec: a folder as a hub serves it; "eva-g" or "clip-l" for that architecture with random weights; or
+    spec: a folder as a hub serves it; "eva-g", "clip-l" or "dinov2-s" for random weights of that architecture; or
     "eva-g:eva_vit_g.pth" for a bare file, or one of LAVIS that holds a fine-tuned ViT. The last published block is left
     out (paper 3.4) unless `last_block`.
     """
     name, _, file = spec.partition(":")
     if name in PRESETS and not Path(name).is_dir():
         cfg, depth = PRESETS[name], PRESETS[name].depth + 1
-        table = EVA if name == "eva-g" else CLIP_BARE
-        paths = [Path(file)] if file else []
+        if file and name not in BARE_FILES:
+            raise UserError(f"--vit {spec}: a bare file can be of {' or '.join(BARE_FILES)}, expected a folder for {name}")
+        table, paths = BARE_FILES.get(name), [Path(file)] if file else []
     elif Path(spec).is_dir():
         cfg, table = vit_config(Path(spec))
         depth, paths = cfg.depth, weight_files(Path(spec))

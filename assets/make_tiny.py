@@ -206,13 +206,13 @@ def make_bert(folder: Path, steps: int, batch: int = 128) -> None:
         told = [rng.sample(shapes.captions(scene), 2) for scene in scenes]
         ids, mask = pad(texts.encode([first for first, _ in told] + [second for _, second in told]), texts.pad_id)
         # Which two wordings tell of one scene? [CLS] has to hold the whole meaning.
-        cls = F.normalize(project(bert.encode_text(ids, mask)[:, 0]).float(), dim=-1)
+        cls = F.normalize(project(bert.encode_text(ids, mask)).float(), dim=-1)
         first, second = cls.chunk(2)
         same = torch.arange(len(first))
         paraphrase = F.cross_entropy(first @ second.T / 0.1, same) + F.cross_entropy(second @ first.T / 0.1, same)
         # Which word is behind the mask?
         masked = (torch.rand(ids.shape) < 0.15) & mask & (ids > mask_id)  # words, not special tokens
-        hidden = bert.encode_text(ids.masked_fill(masked, mask_id), mask)
+        hidden = bert.run(bert.embed(ids.masked_fill(masked, mask_id)), 0, mask[:, None, None])
         return paraphrase + F.cross_entropy(bert.lm_logits(hidden[masked]).float(), ids[masked])
 
     optimize(model, loss_of_step, steps, lr=1e-3)

@@ -136,7 +136,7 @@ def test_holding_out_everything(train_says, tmp_path):
 
 
 def test_folders_that_are_not_there(train_says):
-    assert "--vit nowhere does not exist: expected a folder, or a name (eva-g, clip-l)" in train_says(
+    assert "--vit nowhere does not exist: expected a folder, or a name (eva-g, clip-l, dinov2-s)" in train_says(
         "--vit", "nowhere"
     )
     assert "--bert nowhere does not exist" in train_says("--bert", "nowhere")

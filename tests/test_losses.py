@@ -162,12 +162,12 @@ def test_itm_asks_about_the_pairs_that_the_table_says(monkeypatch):
     model, batch = small_model(), random_batch(3)
     seen = {}
 
-    def spy(kind, text_ids, text_mask, image_kv):
+    def spy(text_ids, text_mask, image_kv):
         seen.update(ids=text_ids, mask=text_mask, k=image_kv[0][0])
-        return original(kind, text_ids, text_mask, image_kv)
+        return original(text_ids, text_mask, image_kv)
 
-    original = model.qformer.forward
-    monkeypatch.setattr(model.qformer, "forward", spy)
+    original = model.qformer.encode_pairs
+    monkeypatch.setattr(model.qformer, "encode_pairs", spy)
     image_neg, text_neg, found = torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]), torch.ones(6, dtype=torch.bool)
     tokens = model.image_tokens(batch.images)
     image_kv = model.image_kv(tokens)
