@@ -351,7 +351,9 @@ def load_vit(
     if name in PRESETS and not Path(name).is_dir():
         cfg, depth = PRESETS[name], PRESETS[name].depth + 1
         if file and name not in BARE_FILES:
-            raise UserError(f"--vit {spec}: a bare file can be of {' or '.join(BARE_FILES)}, expected a folder for {name}")
+            raise UserError(
+                f"--vit {spec}: a bare file can be of {' or '.join(BARE_FILES)}, expected a folder for {name}"
+            )
         table, paths = BARE_FILES.get(name), [Path(file)] if file else []
     elif Path(spec).is_dir():
         cfg, table = vit_config(Path(spec))
