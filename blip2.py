@@ -43,7 +43,7 @@ from losses import (
     say,
     world,
 )
-from qformer import CaptionDecoder, ImageKV, Prefix, QFormer, QFormerConfig
+from qformer import CaptionDecoder, ImageKV, Prefix, QFormer, QFormerConfig, predict
 from vit import ViT, ViTConfig
 
 OBJECTIVES = ("itc", "itm", "itg")
@@ -585,7 +585,7 @@ class Blip2(nn.Module):
         ids = batch.text_ids.clone()
         ids[:, 0] = self.qformer.dec_id  # "We also replace the [CLS] token with a new [DEC] token"
         text_out = self.qformer.decode_text(ids, batch.text_mask, cache)
-        logits = self.qformer.lm_logits(text_out.flatten(0, 1)[batch.label_rows])  # only where there is a next word
+        logits = predict(self.qformer.lm_logits, text_out, batch.label_rows)  # only where there is a next word
         return itg_loss(logits, batch.text_ids.flatten()[batch.label_rows + 1], total)
 
     # --- stage 2 -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from generate import KVCache
-from qformer import attend, heads_of, queries_keys_values
+from qformer import attend, heads_of, predict, queries_keys_values
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class OPT(nn.Module):
         x = torch.cat((prompt, self.embed(target[:, :-1])), dim=1)
         real = F.pad(prompt_mask, (0, target.shape[1] - 1), value=True)
         x = self.run(x, real, read=target.shape[1])  # the prompt's last position predicts the first token
-        return self.logits(x.flatten(0, 1)[label_rows])
+        return predict(self.logits, x, label_rows)
 
     def run(self, x: Tensor, real: Tensor, cache: KVCache | None = None, read: int | None = None) -> Tensor:
         """All blocks over x (B, rows, L), the last `rows` of the positions `real` (B, S); of the result, only the last
@@ -391,7 +391,7 @@ class T5(nn.Module):
         x = self.embed(F.pad(target[:, :-1], (1, 0), value=self.cfg.pad_id))  # one place to the right
         allowed = causal_mask(torch.ones_like(target[:1], dtype=torch.bool), target.shape[1])
         x = self.decoder(x, allowed, self.grad_checkpointing, *memory)
-        return self.lm_head(x.flatten(0, 1)[label_rows])
+        return predict(self.lm_head, x, label_rows)
 
     def read(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """The encoder, and what the decoder's cross-attention needs of it: each block's keys and values, the mask."""
