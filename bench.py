@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import weights
-from blip2 import PRECISIONS, Blip2, choose_precision, local_device, stage1_totals, vit_dtype
+from blip2 import PRECISIONS, Blip2, choose_precision, local_device, vit_dtype
 from data import (
     Annotations,
     Batch,
@@ -156,9 +156,12 @@ def stage2_flops(model: Blip2, prompt: int, T: int, labels: float) -> float:
         n, inner = Q + prompt, llm.heads * llm.head_width
         frozen = t5_flops(llm, n, T)
         scores = llm.depth * attention(n, n, inner) + llm.decoder_depth * attention(T, T + n, inner)
-    frozen += linear(labels, llm.width, llm.vocab_size)
     # Both sides of a score get a gradient, of a Linear only its input.
-    return vit_flops(model.vit.cfg, model.image_size) + 3 * trained + 2 * frozen + scores
+    backward = frozen + scores + linear(labels, llm.width, llm.vocab_size)
+    if isinstance(llm, T5Config):  # up to its first look at the prompt, the decoder depends on nothing that is trained
+        backward -= linear(T, llm.width, 5 * inner) + 2 * attention(T, T, inner) + attention(T, n, inner) / 2
+    frozen += linear(labels, llm.width, llm.vocab_size)
+    return vit_flops(model.vit.cfg, model.image_size) + 3 * trained + frozen + backward
 
 
 def encode_flops(model: Blip2) -> int:
@@ -224,7 +227,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 4096) -> fl
 
 @contextmanager
 def clocked(methods: dict[str, list], spent: dict[str, float], device: torch.device):
-    """In the block, the seconds in each method are added to its part. methods: part -> [(object, its method's name)]."""
+    """In the block, the seconds in each method are added to its part. methods: part -> [(object, method's name)]."""
     before = []
     for part, places in methods.items():
         for thing, name in places:
@@ -359,8 +362,8 @@ class TheirViT(nn.Module):
 
 
 class TheirQFormer(nn.Module):
-    """transformers' Q-Former in the place of qformer.QFormer. It makes the image's keys and values anew in each pass, so
-    the tokens go where ours are; and it has no cache, so ITG is a joint pass."""
+    """transformers' Q-Former in the place of qformer.QFormer. It makes the image's keys and values anew in each pass,
+    so the tokens go where ours are; and it has no cache, so ITG is a joint pass."""
 
     def __init__(self, twin: nn.Module, like: QFormer):
         super().__init__()
@@ -463,8 +466,6 @@ def stage1(args: argparse.Namespace) -> Work:
     """A training step of stage 1."""
     model = build_model(args, with_llm=False).train()
     batch = random_batch(args, model, args.batch)
-    if args.compile:
-        model.compile_blocks()
 
     def work(model):
         wrapped = distributed(model)
@@ -509,8 +510,6 @@ def stage2(args: argparse.Namespace) -> Work:
     """A training step of stage 2."""
     model = build_model(args, with_llm=True).train()
     batch = random_batch(args, model, args.batch)
-    if args.compile:
-        model.compile_blocks()
     wrapped, (B, T), n = distributed(model), batch.target_ids.shape, batch.prompt_ids.shape[1]
 
     def loss():
@@ -574,8 +573,6 @@ def generate_(args: argparse.Namespace) -> Work:
     """Beam search, encoding included; --new-tokens of them, whatever the model says."""
     model = build_model(args, with_llm=True).eval()
     batch, new, beams = random_batch(args, model, args.batch), args.new_tokens, args.beams
-    if args.compile:
-        model.compile_blocks()
     settings = dict(max_new_tokens=new, min_new_tokens=new, num_beams=beams)
 
     @torch.no_grad()
@@ -621,8 +618,6 @@ def retrieval(args: argparse.Namespace) -> Work:
     """ITM of --batch photos with --texts texts each."""
     model = build_model(args, with_llm=False).eval()
     images, batch = random_batch(args, model, args.batch).images, random_batch(args, model, args.texts)
-    if args.compile:
-        model.compile_blocks()
     model.texts.encode = lambda texts: [batch.text_ids[i][batch.text_mask[i]].tolist() for i in range(len(texts))]
 
     def scores():
@@ -790,10 +785,12 @@ def data(args: argparse.Namespace) -> dict:
             batches = iter(train_loader(TrainBatches(photos, texts, args.image_size, 0), sampler, workers, pin=False))
             for _ in range(steps):  # workers start, the disk's cache fills
                 next(batches)
-            taken = seconds(lambda: [next(batches) for _ in range(steps)], torch.device("cpu"))
+            start = time.perf_counter()
+            for _ in range(steps):
+                next(batches)
+            taken = time.perf_counter() - start
             name = "this process" if workers == 0 else f"{workers} workers"
             numbers[f"photos a second, {name}"] = steps * args.batch / taken
-        name, workers = Path(photos.name(0)), max(1, cores())
         opened = seconds(lambda: [photos.picture(i) for i in range(steps * args.batch)], torch.device("cpu"))
         numbers["of this: whole decoding, ms a photo"] = 1000 * opened / (steps * args.batch)
     return numbers
@@ -876,7 +873,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1, help="of the Q-Former, in training")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--vs", choices=["transformers"], help="compare with it, in turns")
     parser.add_argument("--grow", choices=list(GROWTH), help="measure at growing sizes")
     parser.add_argument("--up-to", type=int, help="--grow: the largest size")
@@ -903,8 +899,8 @@ def main(argv: list[str] | None = None) -> dict:
     elif args.device.type == "cuda" and args.precision == "fp32":
         torch.backends.cuda.matmul.allow_tf32 = False
     machine = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.processor() or 'CPU'}"
-    threads = torch.get_num_threads()
-    title = f"{args.what}, {args.precision}, {machine}, {threads} threads, {world()[1]} process(es), torch {torch.__version__}"
+    title = f"{args.what}, {args.precision}, {machine}, {torch.get_num_threads()} threads, {world()[1]} process(es)"
+    title += f", torch {torch.__version__}"
     say(title)
     if args.grow:
         numbers = grow(args)

@@ -125,9 +125,9 @@ def test_each_photo_is_encoded_once_and_each_needed_pair_judged_once():
         lambda _, inputs, __: seen.update(image_kv=seen["image_kv"] + len(inputs[0]))
     )
     original = model.qformer.forward
-    model.qformer.forward = lambda kind, ids, *rest: (
+    model.qformer.forward = lambda kind, ids, *rest, **read: (
         seen.update(pairs=seen["pairs"] + len(ids)),
-        original(kind, ids, *rest),
+        original(kind, ids, *rest, **read),
     )[1]
     with torch.no_grad():
         _, itc, _ = brute_force(shapes_model(), photos)

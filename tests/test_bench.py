@@ -1,0 +1,92 @@
+"""Counted work, not measured time: what a step computes is what the formulas of bench.py say, and no more."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_batch, run_many, small_model, stage2_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from data import make_llm_batch
+from losses import world
+
+
+def counted(run) -> int:
+    """FLOPs of all matrix products. Attention as its two, because torch does not count the CPU's fused kernel."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def padded_labels(rows: int) -> int:
+    """On CPU the rows of the vocabulary's product are a multiple of 64."""
+    return -(-rows // 64) * 64
+
+
+@pytest.mark.parametrize(("photos", "depth", "queries"), [(2, 3, 3), (5, 4, 6)])
+def test_a_step_of_stage_1_has_the_flops_of_the_formula(photos, depth, queries):
+    """Frozen ViT forward only; image keys and values once; each pass once; no row that nobody reads."""
+    model = small_model(depth=depth, num_queries=queries).train()
+    batch = random_batch(photos)
+    labels = padded_labels(len(batch.label_rows)) / photos
+    wanted = photos * bench.stage1_flops(model, photos, batch.text_ids.shape[1], labels)
+    found = counted(lambda: sum(model(batch).values()).backward())
+    assert found == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+@pytest.mark.parametrize(("photos", "words"), [(2, 5), (3, 11)])
+def test_a_step_of_stage_2_has_the_flops_of_the_formula(kind, photos, words):
+    """The frozen language model's weights get no gradient, and its last block computes only what is read."""
+    model = stage2_model(kind).train()
+    texts = [[7] * words for _ in range(photos)]
+    images = torch.zeros(photos, 3, 8, 8, dtype=torch.uint8)
+    batch = make_llm_batch([[2]] * photos, texts, 0, model.llm.layout.pads, list(range(photos)), images=images)
+    labels = padded_labels(len(batch.label_rows)) / photos
+    wanted = photos * bench.stage2_flops(model, 1, batch.target_ids.shape[1], labels)
+    found = counted(lambda: model(batch)["lm"].backward())
+    assert found == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(("photos", "texts"), [(2, 4), (3, 7)])
+def test_matching_has_the_flops_of_the_formula(photos, texts):
+    """Each photo through the ViT once and each pair through the Q-Former once."""
+    model = small_model().requires_grad_(False)
+    ids = [[2, 6, 7, 8, 9, 3]] * texts
+    model.texts = type("Texts", (), {"encode": lambda self, texts: ids, "pad_id": 0})()
+    images = torch.zeros(photos, 3, 8, 8, dtype=torch.uint8)
+    found = counted(lambda: model.itm_scores(images, [""] * texts))
+    assert found == pytest.approx(bench.retrieval_flops(model, photos, texts, 8), rel=1e-9)
+
+
+@pytest.mark.parametrize("what", ["stage1", "stage2", "generate", "retrieval"])
+def test_the_command_line_measures_and_writes(what, tmp_path, capsys, monkeypatch):
+    """On the tiny parts, beside transformers: the same results, and all numbers in the file."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "peak_flops", lambda device, dtype: 1e9)
+    out = tmp_path / "numbers.json"
+    sizes = ["--vit", "assets/tiny/vit", "--bert", "assets/tiny/bert", "--llm", "assets/tiny/opt", "--image-size", "64"]
+    small = ["--batch", "2", "--texts", "3", "--new-tokens", "4", "--queries", "8", "--warmup", "1", "--repeats", "1"]
+    bench.main([what, *sizes, *small, "--precision", "fp32", "--vs", "transformers", "--json", str(out)])
+    numbers = json.loads(out.read_text())["numbers"]
+    assert numbers["largest difference of the results"] < 1e-3
+    assert numbers["MFU, %"] > 0 and numbers["times as many FLOPs in transformers"] >= 1
+    assert "beside transformers" in capsys.readouterr().out
+
+
+def count_bytes(rank: int) -> None:
+    sent = dict.fromkeys(("all_gather", "all_reduce", "all_to_all_single"), 0)
+    model, batch = small_model().eval(), random_batch(4, rank, list(range(4 * rank, 4 * rank + 4)))
+    with torch.no_grad(), bench.counted_bytes(sent):
+        model(batch, generator=torch.Generator().manual_seed(0))
+    cfg, P, V = model.qformer.cfg, 5, model.vit.cfg.width
+    feats = 4 * (cfg.num_queries + 1) * model.embed_dim * 4
+    small = 4 * (12 * 8 * 3 + 16 * (8 + 1) + 200)  # image ids, negatives' numbers, texts and masks
+    assert feats <= sent["all_gather"] <= feats + small, (rank, world(), sent)
+    assert sent["all_to_all_single"] <= 4 * P * V * 4 * 4  # at most the chosen photos' raw tokens
+
+
+def test_between_processes_go_features_texts_and_the_chosen_photos_only():
+    run_many(2, count_bytes)
