@@ -34,6 +34,8 @@ from losses import (
     all_gather_ragged,
     all_sum,
     fetch_rows,
+    gather_in_order,
+    gathered_rows,
     itc_loss,
     itc_similarity,
     itg_loss,
@@ -83,6 +85,33 @@ class Scores(NamedTuple):
 
     log_prob: Tensor  # (N, M), summed over the text's tokens, the end among them
     mean_log_prob: Tensor  # (N, M), of a token
+
+
+class Negatives(NamedTuple):
+    """For each of B pairs a photo and a text that look alike and do not belong to it, by their numbers among the N of
+    all processes."""
+
+    images: Tensor  # (B,), of the text
+    texts: Tensor  # (B,), of the photo
+    found: Tensor  # (2B,) bool, False where there is none
+
+
+class Compared(NamedTuple):
+    """A micro-batch of several that `Blip2.compare` has compared with each other; what its second pass needs."""
+
+    seed: int  # of its dropout
+    image_tokens: Tensor  # (B, P, V), its own
+    itc_value: Tensor  # its share of ITC
+    feats_grad: Tensor  # (B, Q+1, E), the gradient of ITC at its features
+    temperature_grad: Tensor  # its share of that at the temperature
+    negatives: Negatives
+    all_tokens: Tensor  # (A*B, P, V), of all micro-batches of this process
+    texts: tuple[Tensor, ...]  # ids and mask (B, T) of its own texts, and of its negatives'
+
+    def itc(self, feats: Tensor, temperature: Tensor) -> Tensor:
+        """The share of ITC, with its gradient."""
+        proxy = (feats * self.feats_grad).sum() + temperature * self.temperature_grad
+        return self.itc_value + proxy - proxy.detach()
 
 
 class Blip2(nn.Module):
@@ -522,40 +551,134 @@ class Blip2(nn.Module):
         totals: dict[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
         hardness: float = 1.0,
+        compared: "Compared | None" = None,
     ) -> dict[str, Tensor]:
         """The losses of paper 3.2 on one batch; their sum is what stage 1 minimises.
 
         totals: from `stage1_totals`, what each loss is divided by; by default this batch over all processes.
         generator: of the hard negatives' draw; the same on all processes.
         hardness: 1 draws ITM's negatives by their similarity (the paper), 0 draws any, between is between.
+        compared: from `compare`, where ITC compares the batch with more than itself; takes the place of the last two.
         """
         if totals is None:
             totals = stage1_totals([batch])
         with self.autocast():
-            image_tokens = batch.image_tokens if batch.images is None else self.image_tokens(batch.images)
+            if compared is None:
+                image_tokens = self.tokens_of(batch)
+            else:
+                image_tokens = compared.image_tokens
+                torch.manual_seed(compared.seed)
             image_kv = self.image_kv(image_tokens)  # once, for all the passes below
             cache = Prefix()
-            query_out = self.qformer.encode_queries(image_kv, cache)  # (B, Q, D)
-            text_cls = self.qformer.encode_text(batch.text_ids, batch.text_mask)  # (B, D)
+            feats = self.feats(image_kv, batch, cache)  # (B, Q+1, E)
 
-            feats = torch.cat((self.image_feats(query_out), self.text_feats(text_cls)[:, None]), dim=1)
-            feats_all = all_gather(feats)  # (N, Q+1, E), with gradient
-            positives = batch.image_ids[:, None] == all_gather(batch.image_ids)  # (B, N): of one photo
-            sim_i2t, sim_t2i = itc_similarity(
-                feats[:, :-1], feats[:, -1], feats_all[:, :-1], feats_all[:, -1], self.temperature
-            )
-            losses = {"itc": itc_loss(sim_i2t, sim_t2i, positives, totals["itc"])}
+            if compared is None:
+                feats_all = all_gather(feats)  # (N, Q+1, E), with gradient
+                positives = batch.image_ids[:, None] == all_gather(batch.image_ids)  # (B, N): of one photo
+                itc, *sims = self._itc(feats, feats_all, positives, totals["itc"])
+            else:
+                itc = compared.itc(feats, self.temperature)
+            losses = {"itc": itc}
             if "itm" in objectives:
-                first_row = world()[0] * len(batch)
-                image_neg, image_found = sample_hard_negatives(hardness * sim_t2i, positives, generator, first_row)
-                text_neg, text_found = sample_hard_negatives(hardness * sim_i2t, positives, generator, first_row)
-                found = torch.cat((image_found, text_found))
-                losses["itm"] = self._itm(batch, image_tokens, image_kv, image_neg, text_neg, found, totals["itm"])
+                if compared is None:
+                    first, uniform = world()[0] * len(batch), random_numbers(feats_all, generator)
+                    negatives = draw_negatives(*sims, positives, uniform[:, first : first + len(batch)], hardness)
+                    negative_kv = self._negative_kv(image_tokens, image_kv, negatives.images)
+                    ids, mask, ids_all, mask_all = all_gather_ragged(batch.text_ids, batch.text_mask)
+                    texts = ids, mask, ids_all[negatives.texts], mask_all[negatives.texts]
+                else:
+                    negatives, texts = compared.negatives, compared.texts
+                    negative_kv = self.image_kv(rows_of(compared.all_tokens, negatives.images))
+                losses["itm"] = self._itm(image_kv, negative_kv, *texts, negatives.found, totals["itm"])
             if "itg" in objectives:
                 losses["itg"] = self._itg(batch, cache, totals["itg"])
         return losses
 
-    def _itm(self, batch, image_tokens, image_kv, image_neg, text_neg, found, total) -> Tensor:
+    @torch.no_grad()
+    def compare(
+        self,
+        batches: list[Batch],
+        totals: dict[str, Tensor],
+        generator: torch.Generator | None = None,
+        hardness: float = 1.0,
+    ) -> "list[Compared]":
+        """ITC over several micro-batches at once, whose activations would not fit into memory together.
+
+        In two passes (GradCache, Gao et al., 2021). The first, here, keeps the features only, and finds the gradient of
+        ITC at each of them; the second, `stage1_losses`, runs each micro-batch again and hands that gradient on. So
+        losses, gradients and hard negatives are those of one big batch. The frozen ViT runs once: its tokens are kept.
+        """
+        A, B, (rank, size) = len(batches), len(batches[0]), world()
+        seeds, all_tokens, feats = torch.randint(2**62, (A,)).tolist(), None, []
+        with self.autocast():
+            for number, (seed, batch) in enumerate(zip(seeds, batches)):
+                image_tokens = self.tokens_of(batch)
+                if all_tokens is None:
+                    all_tokens = image_tokens.new_empty(A, *image_tokens.shape)
+                all_tokens[number] = image_tokens
+                torch.manual_seed(seed)  # dropout is to be the same in the second pass
+                feats.append(self.feats(self.image_kv(image_tokens), batch, None))
+
+        feats_all = gather_in_order(torch.cat(feats), A).requires_grad_()
+        ids_all = gather_in_order(torch.cat([batch.image_ids for batch in batches]), A)
+        uniform, leaves = random_numbers(feats_all, generator), (feats_all, self.temperature)
+        gradient, temperature_grad, found = torch.zeros_like(feats_all), torch.zeros_like(self.temperature), []
+        for number in range(A):
+            own = slice((number * size + rank) * B, (number * size + rank + 1) * B)
+            positives = ids_all[own, None] == ids_all
+            with torch.enable_grad():
+                itc, *sims = self._itc(feats_all[own], feats_all, positives, totals["itc"])
+                grads = torch.autograd.grad(itc, leaves)
+            gradient += grads[0]
+            temperature_grad += grads[1]
+            negatives = draw_negatives(*sims, positives, uniform[:, own], hardness)
+            images, texts = (gathered_rows(rows, B, A) for rows in negatives[:2])
+            found.append((own, itc.detach(), Negatives(images, texts, negatives.found)))
+        gradient = all_sum(gradient)  # a process owes something to the features of all
+
+        longest = max(batch.text_ids.shape[1] for batch in batches)
+        padded = (
+            torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in tensors])
+            for tensors in zip(*((batch.text_ids, batch.text_mask) for batch in batches))
+        )
+        ids, mask, ids_all, mask_all = all_gather_ragged(*padded)
+        return [
+            Compared(
+                seed, all_tokens[number], itc, gradient[own], temperature_grad / A, negatives, all_tokens.flatten(0, 1),
+                (ids[number * B :][:B], mask[number * B :][:B], ids_all[negatives.texts], mask_all[negatives.texts]),
+            )
+            for number, (seed, (own, itc, negatives)) in enumerate(zip(seeds, found))
+        ]  # fmt: skip
+
+    def tokens_of(self, batch: Batch) -> Tensor:
+        """The ViT's tokens (B, P, V) of a batch, computed or from the cache."""
+        return batch.image_tokens if batch.images is None else self.image_tokens(batch.images)
+
+    def feats(self, image_kv: ImageKV, batch: Batch, cache: Prefix | None) -> Tensor:
+        """What ITC compares (B, Q+1, E): of each photo its queries' features, and that of its text."""
+        query_out = self.qformer.encode_queries(image_kv, cache)  # (B, Q, D)
+        text_cls = self.qformer.encode_text(batch.text_ids, batch.text_mask)  # (B, D)
+        return torch.cat((self.image_feats(query_out), self.text_feats(text_cls)[:, None]), dim=1)
+
+    def _itc(self, feats: Tensor, feats_all: Tensor, positives: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image-text contrast of B rows of `feats` with the N of `feats_all` -> the loss, sim_i2t, sim_t2i (B, N)."""
+        sim_i2t, sim_t2i = itc_similarity(
+            feats[:, :-1], feats[:, -1], feats_all[:, :-1], feats_all[:, -1], self.temperature
+        )
+        return itc_loss(sim_i2t, sim_t2i, positives, total), sim_i2t, sim_t2i
+
+    def _negative_kv(self, image_tokens: Tensor, image_kv: ImageKV, images: Tensor) -> ImageKV:
+        """Keys and values of the photos `images` (B,), numbers among the N of all processes. Of those that are here
+        they exist already; of the others the tokens come."""
+        fetched, images = fetch_rows(image_tokens, images)
+        if world()[1] > 1:
+            image_kv = [
+                (torch.cat((k, fk)), torch.cat((v, fv)))
+                for (k, v), (fk, fv) in zip(image_kv, self.image_kv(fetched), strict=True)
+            ]
+        return [(k.index_select(0, images), v.index_select(0, images)) for k, v in image_kv]
+
+    def _itm(self, image_kv: ImageKV, negative_kv: ImageKV, ids, mask, negative_ids, negative_mask, found, total):
         """Image-text matching, bi-directional, over 3B rows:
 
          rows        image      text       match
@@ -563,22 +686,13 @@ class Blip2(nn.Module):
          B .. 2B     hard neg   own        no
          2B .. 3B    own        hard neg   no
 
-        image_neg, text_neg: (B,) numbers among the N of all processes; found: (2B,), False where there is no negative.
+        found: (2B,), False where there is no negative.
         """
-        B = len(batch)
-        fetched, image_neg = fetch_rows(image_tokens, image_neg)
-        if world()[1] > 1:  # photos of other processes; those that are here have their keys and values already
-            foreign_kv = self.image_kv(fetched)
-            image_kv = [
-                (torch.cat((k, fk)), torch.cat((v, fv))) for (k, v), (fk, fv) in zip(image_kv, foreign_kv, strict=True)
-            ]
-        image_kv = [tuple(torch.cat((t[:B], t.index_select(0, image_neg), t[:B])) for t in (k, v)) for k, v in image_kv]
-        ids, mask, ids_all, mask_all = all_gather_ragged(batch.text_ids, batch.text_mask)
-        text_ids = torch.cat((ids, ids, ids_all[text_neg]))
-        text_mask = torch.cat((mask, mask, mask_all[text_neg]))
+        image_kv = [(torch.cat((k, nk, k)), torch.cat((v, nv, v))) for (k, v), (nk, nv) in zip(image_kv, negative_kv)]
+        text_ids, text_mask = torch.cat((ids, ids, negative_ids)), torch.cat((mask, mask, negative_mask))
         query_out = self.qformer.encode_pairs(text_ids, text_mask, image_kv)
-        is_match = torch.arange(3 * B, device=text_ids.device) < B
-        return itm_loss(self.itm_logits(query_out), is_match, F.pad(found, (B, 0), value=True), total)
+        is_match = torch.arange(3 * len(ids), device=ids.device) < len(ids)
+        return itm_loss(self.itm_logits(query_out), is_match, F.pad(found, (len(ids), 0), value=True), total)
 
     def _itg(self, batch: Batch, cache: Prefix, total: Tensor) -> Tensor:
         """Image-grounded text generation: [DEC] w1 w2 ... behind the cached queries, each predicting the next."""
@@ -600,8 +714,7 @@ class Blip2(nn.Module):
         if totals is None:
             totals = stage2_totals([batch])
         with self.autocast():
-            image_tokens = batch.image_tokens if batch.images is None else self.image_tokens(batch.images)
-            image_kv = self.image_kv(image_tokens)
+            image_kv = self.image_kv(self.tokens_of(batch))
             if self.conditioned:  # the queries see the question too (Figure 7); only they go on
                 query_out = self.qformer.encode_pairs(batch.text_ids, batch.text_mask, image_kv)
             else:
@@ -951,26 +1064,51 @@ def choose_precision(device: torch.device, wanted: str = "auto") -> tuple[str, s
     return wanted, "asked for"
 
 
-def stage1_totals(batches: list[Batch]) -> dict[str, Tensor]:
+def random_numbers(feats_all: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(2, N): for each of the N rows of a comparison a number for the draw of its negative photo, and one for its text.
+    A row uses its own, so the draw does not depend on how many processes the rows are spread over."""
+    return torch.rand(2, len(feats_all), generator=generator).to(feats_all.device, non_blocking=True)
+
+
+def draw_negatives(sim_i2t: Tensor, sim_t2i: Tensor, positives: Tensor, uniform: Tensor, hardness: float) -> Negatives:
+    """For the text, and for the photo, of each of B rows one of the N others; see `sample_hard_negatives`."""
+    images, image_found = sample_hard_negatives(hardness * sim_t2i, positives, uniform[0])
+    texts, text_found = sample_hard_negatives(hardness * sim_i2t, positives, uniform[1])
+    return Negatives(images, texts, torch.cat((image_found, text_found)))
+
+
+def rows_of(x: Tensor, wanted: Tensor) -> Tensor:
+    """The rows `wanted` (m,) of what `all_gather` would make of x (n, P, V), without gradient."""
+    fetched, index = fetch_rows(x, wanted)
+    if len(fetched) == 0:
+        return x[index]
+    foreign = fetched[(index - len(x)).clamp(min=0)]
+    return torch.where((index < len(x))[:, None, None], x[index.clamp(max=len(x) - 1)], foreign)
+
+
+def stage1_totals(batches: list[Batch], together: int = 1) -> dict[str, Tensor]:
     """How many rows or words each loss of one optimizer step counts, over all its micro-batches and processes.
 
-    ITC: the texts (and as many images). ITM: the pairs, without the negatives that cannot be found because a batch
-    shows one photo only. ITG: the words to predict.
+    ITC: the texts (and as many images). ITM: the pairs, without the negatives that cannot be found because what is
+    compared, `together` micro-batches at a time, shows one photo only. ITG: the words to predict.
     """
-    rows = words = negatives = 0
-    for batch in batches:
-        rows += len(batch)
-        words += len(batch.label_rows)
-        negatives += 2 * (batch.image_ids[:, None] != all_gather(batch.image_ids)).any(dim=1).sum()
-    counts = torch.stack((negatives + rows, *torch.tensor((rows, words), device=batches[0].text_ids.device)))
-    itm, itc, itg = all_sum(counts).unbind()
+    device, negatives = batches[0].image_ids.device, 0
+    for part in batches_of(batches, together):
+        ids = torch.cat([batch.image_ids for batch in part])
+        negatives += 2 * (ids[:, None] != all_gather(ids)).any(dim=1).sum()
+    # torch.full, unlike torch.tensor, does not make the host wait for the device
+    rows, words = (
+        torch.full((), count, device=device)
+        for count in (sum(map(len, batches)), sum(len(b.label_rows) for b in batches))
+    )
+    itm, itc, itg = all_sum(torch.stack((negatives + rows, rows, words))).unbind()
     return {"itc": itc, "itm": itm, "itg": itg}
 
 
 def stage2_totals(batches: list[Batch]) -> dict[str, Tensor]:
     """How many words one optimizer step predicts, over all its micro-batches and processes."""
-    words = torch.tensor(sum(len(batch.label_rows) for batch in batches), device=batches[0].label_rows.device)
-    return {"lm": all_sum(words)}
+    words = sum(len(batch.label_rows) for batch in batches)
+    return {"lm": all_sum(torch.full((), words, device=batches[0].label_rows.device))}
 
 
 def vit_dtype(precision: str, device: str | torch.device) -> torch.dtype:

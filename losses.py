@@ -82,6 +82,18 @@ def all_gather(x: Tensor) -> Tensor:
     return x if world()[1] == 1 else _AllGather.apply(x)
 
 
+def gather_in_order(x: Tensor, micro_batches: int = 1) -> Tensor:
+    """(A*B, ...) of each process, the rows of A micro-batches -> (A*W*B, ...) in the order of the samples: micro-batch
+    a of process r begins at (a*W + r) * B."""
+    return all_gather(x).unflatten(0, (world()[1], micro_batches, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def gathered_rows(rows: Tensor, batch: int, micro_batches: int) -> Tensor:
+    """Rows of `gather_in_order`, with B = `batch` -> the same in `all_gather`."""
+    micro_batch, within = rows // (world()[1] * batch), rows % (world()[1] * batch)
+    return within // batch * micro_batches * batch + micro_batch * batch + within % batch
+
+
 def all_gather_ragged(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors (B, T) whose T differs between the processes -> the same, padded with zeros to the longest T, and then
     their gathered versions (N, T). Without a process group both are the tensors themselves."""
@@ -136,7 +148,7 @@ class _FetchRows(torch.autograd.Function):
 def fetch_rows(x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Of the rows of all processes, bring here those that are wanted and not here yet; gradients travel back.
 
-    x: (B, ...) of this process; wanted: (B,) row numbers of the gathered x. Returns `fetched` (n, ...) and `index` (B,)
+    x: (B, ...) of this process; wanted: (m,) row numbers of the gathered x. Returns `fetched` (n, ...) and `index` (m,)
     such that torch.cat((x, fetched))[index] is all_gather(x)[wanted]. Only the n rows travel. With several processes
     the host waits once for the device, because it has to know the sizes of the messages.
     """
@@ -145,7 +157,7 @@ def fetch_rows(x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return x[:0], wanted
     B = len(x)
     foreign = []  # of each process, the rows that it has to be sent, in ascending order
-    for receiver, rows in enumerate(all_gather(wanted).view(size, B).cpu()):
+    for receiver, rows in enumerate(all_gather(wanted).view(size, -1).cpu()):
         rows = rows.unique()
         foreign.append(rows[rows // B != receiver])
     sent_rows = [rows[rows // B == rank] - rank * B for rows in foreign]
@@ -198,24 +210,16 @@ def negative_probabilities(sim: Tensor, positives: Tensor) -> Tensor:
     return torch.nan_to_num(sim.masked_fill(positives, float("-inf")).softmax(dim=1))
 
 
-def sample_hard_negatives(
-    sim: Tensor, positives: Tensor, generator: torch.Generator | None = None, first_row: int = 0
-) -> tuple[Tensor, Tensor]:
+def sample_hard_negatives(sim: Tensor, positives: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """One candidate of another photo for each row, the more similar the likelier (as in ALBEF and BLIP).
 
-    sim, positives: (B, N), where the B rows are rows first_row, first_row + 1, ... of N. Returns negative (B,), the
-    candidate's number, and found (B,) bool, False for a row that has positives only. No host synchronisation.
-
-    One uniform number is drawn for each of the N rows, and a row uses its own: so the draw does not depend on how many
-    processes the rows are spread over.
+    sim, positives: (B, N); uniform: (B,) random numbers between 0 and 1, by which the draw goes. Returns negative (B,),
+    the candidate's number, and found (B,) bool, False for a row that has positives only. No host synchronisation.
     """
-    device = sim.device if generator is None else generator.device
-    uniform = torch.rand(sim.shape[1], generator=generator, device=device).to(sim.device, non_blocking=True)
-    uniform = uniform[first_row : first_row + len(sim), None]
     cumulative = negative_probabilities(sim, positives).cumsum(dim=1)
     mass = cumulative[:, -1:]
     # Strictly below the mass, so that rounding cannot pick a candidate behind the last one of non-zero probability.
-    negative = torch.searchsorted(cumulative, uniform * mass * (1 - 1e-6), right=True).squeeze(1)
+    negative = torch.searchsorted(cumulative, uniform[:, None] * mass * (1 - 1e-6), right=True).squeeze(1)
     found = mass.squeeze(1) > 0
     return torch.where(found, negative, 0), found
 

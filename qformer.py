@@ -97,7 +97,7 @@ def attend(
 
     mask: bool, True = may attend, or what is added to the scores; broadcast to them. scale: 1 / sqrt(K) if not given.
     """
-    if q.is_cuda or not torch.is_grad_enabled():
+    if q.is_cuda or not (torch.is_grad_enabled() or dropout):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     # Training on CPU, the plain products are faster than the fused kernel, whose backward recomputes them.
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)  # (B, H, rows, keys)

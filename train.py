@@ -56,6 +56,7 @@ from blip2 import (
 )
 from data import (
     BROKEN_SHARE,
+    Batch,
     CachedTokens,
     LLMTexts,
     Mixture,
@@ -112,6 +113,7 @@ class TrainConfig:
     beta2: float | None = None  # of AdamW
     weight_decay: float | None = None  # of tensors with two or more dimensions
     clip: float | None = None  # maximal norm of the gradient
+    itc_batch: int = 0  # stage 1, retrieval: with how many texts ITC compares; 0: a micro-batch's, more: in two passes
     negatives_ramp: int | None = None  # stage 1, retrieval: steps until ITM's negatives are hard; 0 is at once
     dropout: float | None = None  # of the Q-Former
     image_size: int | None = None  # pixels a side
@@ -190,7 +192,8 @@ STAGES = ("1", "2", "caption", "vqa", "retrieval")
 WITH_LLM = ("2", "caption", "vqa")
 FINE_TUNING = ("caption", "vqa", "retrieval")
 ONLY_IN = {
-    "losses": ("1", "retrieval"), "negatives_ramp": ("1", "retrieval"), "init": ("2", *FINE_TUNING), "llm": WITH_LLM,
+    "losses": ("1", "retrieval"), "negatives_ramp": ("1", "retrieval"), "itc_batch": ("1", "retrieval"),
+    "init": ("2", *FINE_TUNING), "llm": WITH_LLM,
     "grad_checkpointing": ("2", *FINE_TUNING), "freeze_vit": FINE_TUNING, "vit_lr_decay": FINE_TUNING,
     "prompt": ("caption",), "condition": ("vqa",),
 }  # fmt: skip
@@ -201,7 +204,17 @@ MAY_CHANGE = {
     "device", "precision", "lr",
 }  # fmt: skip
 AT_LEAST_1 = ("batch", "queries", "cross_every", "embed_dim", "save_every", "log_every", "keep")
-AT_LEAST_0 = ("micro_batch", "warmup", "min_lr", "weight_decay", "negatives_ramp", "val_photos", "seed", "eval_every")
+AT_LEAST_0 = (
+    "micro_batch",
+    "itc_batch",
+    "warmup",
+    "min_lr",
+    "weight_decay",
+    "negatives_ramp",
+    "val_photos",
+    "seed",
+    "eval_every",
+)
 TEMPERATURES = (0.001, 0.5)  # between which ITC's temperature is kept; the original's is free
 
 
@@ -358,6 +371,16 @@ def check(cfg: TrainConfig) -> None:
             f"--batch {cfg.batch} does not divide into {world()[1]} processes with micro-batches of {micro:g}: "
             f"pass --batch {math.ceil(share / math.ceil(micro)) * math.ceil(micro) * world()[1]}"
         )
+    at_once = micro * world()[1]
+    if cfg.itc_batch and (cfg.itc_batch % at_once or cfg.batch % cfg.itc_batch):
+        raise UserError(
+            f"--itc-batch {cfg.itc_batch} is not made of micro-batches of {at_once:g} (over all processes), or --batch "
+            f"{cfg.batch} not of it: pass --itc-batch {cfg.batch}, or another --micro-batch"
+        )
+    if cfg.itc_batch > at_once and cfg.stage == "retrieval" and not cfg.freeze_vit:
+        raise UserError(
+            "--itc-batch keeps what a frozen ViT sees for a second pass, here it is trained: add --freeze-vit"
+        )
 
 
 # --- the pieces of the loop that tests and assets/make_tiny.py use too ------------------------------------------------
@@ -453,9 +476,10 @@ def vit_rates_line(model: Blip2, cfg: TrainConfig) -> str:
 
 
 def memory_estimate(
-    model: Blip2, micro_batch: int, objectives: tuple[str, ...], text_tokens: int = 16
+    model: Blip2, micro_batch: int, objectives: tuple[str, ...], compared: int = 0, text_tokens: int = 16
 ) -> dict[str, float]:
-    """Bytes of a training step by a rough count: weights, gradients and optimizer, what the backward pass keeps."""
+    """Bytes of a training step by a rough count: weights, gradients and optimizer, what the backward pass keeps; and,
+    where ITC compares several micro-batches, the ViT's tokens of the `compared` photos of this process."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     cfg, vit, Q, T = model.qformer.cfg, model.vit.cfg, model.qformer.cfg.num_queries, text_tokens
@@ -484,20 +508,20 @@ def memory_estimate(
         "weights": trained,
         "gradients + AdamW": 3 * trained,
         "activations": micro_batch * kept * size,
-    }
+    } | ({"tokens": compared * P * vit.width * model.vit.pos_embed.element_size()} if compared > micro_batch else {})
 
 
-def memory_line(model: Blip2, micro_batch: int, objectives: tuple[str, ...]) -> str:
+def memory_line(model: Blip2, micro_batch: int, objectives: tuple[str, ...], compared: int = 0) -> str:
     """The estimate in one line."""
-    memory = memory_estimate(model, micro_batch, objectives)
+    memory = memory_estimate(model, micro_batch, objectives, compared)
     parts = ", ".join(f"{name} {amount / 1e9:.2f}" for name, amount in memory.items())
     return f"expected memory of a process {sum(memory.values()) / 1e9:.1f} GB ({parts})"
 
 
-def negatives_line(texts: int, accumulate: int) -> str:
+def negatives_line(texts: int, batch: int) -> str:
     """With how many texts ITC compares a picture."""
     line = f"a picture is compared with {texts} texts at once: its own and {texts - 1} negatives"
-    return f"{line}; accumulating {accumulate} micro-batches adds none" if accumulate > 1 else line
+    return f"{line}; accumulating {batch // texts} of these adds none (--itc-batch does)" if batch > texts else line
 
 
 def loss_bounds(objectives: tuple[str, ...], texts: int, words: int) -> dict[str, tuple[float, float]]:
@@ -664,11 +688,11 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     torch.manual_seed(cfg.seed)  # the same new weights on all processes
     model = build_model(cfg, objectives, precision, device, folder).train()
     say(f"{device}, {size} process(es), {precision} because {why}")
-    say(parts_table(model), memory_line(model, micro_batch, objectives))
+    say(parts_table(model), memory_line(model, micro_batch, objectives, cfg.itc_batch // size))
     if model.trains_vit:
         say(vit_rates_line(model, cfg))
     if "itc" in objectives:
-        say(negatives_line(micro_batch * size, accumulate))
+        say(negatives_line(cfg.itc_batch or micro_batch * size, cfg.batch))
 
     # --- data
     photos, val = open_data(cfg, model, run)
@@ -680,7 +704,6 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     start = resumed["step"] if resumed else 0
     sampler = StepSampler(photos, cfg.seed, micro_batch, accumulate, cfg.steps, start, rank, size)
     say(f"{len(photos):,} training pictures, {sampler.per_epoch:,} steps an epoch, {workers} loader workers")
-    count_totals = stage2_totals if "lm" in objectives else stage1_totals
     batches = TrainBatches(photos, texts_of(model, cfg), cfg.image_size, cfg.seed)
     batches = iter(train_loader(batches, sampler, workers, pin=device.type == "cuda"))
 
@@ -694,11 +717,10 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     ddp = model
     if size > 1:  # all processes have the same weights already
         ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
-    generator = torch.Generator()  # of the hard negatives
 
     # --- log
     words = (model.qformer if model.llm is None else model.llm).cfg.vocab_size
-    bounds = loss_bounds(objectives, micro_batch * size, words)
+    bounds = loss_bounds(objectives, cfg.itc_batch or micro_batch * size, words)
     say("behind each loss: the least that label smoothing allows, and what knowing nothing gives")
     if rank == 0 and not resumed and any(run.glob("step-*")):  # --overwrite: only now, when nothing has been refused
         shutil.rmtree(run)
@@ -711,30 +733,13 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     for step in range(start + 1, cfg.steps + 1):
         set_lr(optimizer, lr := lr_at(step, cfg))
         micro_batches = [next(batches).to(device) for _ in range(accumulate)]
-        totals = count_totals(micro_batches)
-        parts = []
-        for number, batch in enumerate(micro_batches):
-            generator.manual_seed(hash((cfg.seed, step, number)))
-            is_last = number == accumulate - 1
-            with nullcontext() if is_last or size == 1 else ddp.no_sync():
-                if "lm" in objectives:
-                    losses = ddp(batch, totals)
-                else:
-                    losses = ddp(batch, objectives, totals, generator, hardness_at(step, cfg))
-                scaler.scale(sum(losses.values()) * size).backward()  # DDP takes the mean over the processes
-            parts.append(torch.stack([losses[name].detach() for name in objectives]))
+        losses, norm = optimize(ddp, optimizer, scaler, micro_batches, cfg, objectives, step)
+        for batch in micro_batches:
             unreadable |= dict(batch.broken)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            model.temperature.clamp_(*TEMPERATURES)
 
         # --- numbers stay on the device until a line is due, so that the host runs ahead of it
         cut = sum(batch.truncated for batch in micro_batches)
-        pending.append((lr, torch.stack(parts).sum(dim=0), norm, model.temperature.detach().clone(), cut))
+        pending.append((lr, losses, norm, model.temperature.detach().clone(), cut))
         due = step % cfg.log_every == 0 or step == cfg.steps
         validates = val is not None and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
         saves = step % cfg.save_every == 0 or step == cfg.steps
@@ -786,6 +791,42 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
         write_result(run / name, result)
     say(text(result))
     return result
+
+
+def optimize(
+    ddp: nn.Module, optimizer, scaler, micro_batches: list[Batch], cfg, objectives: tuple[str, ...], step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of the optimizer -> the losses (len(objectives),), this process's share, and the gradient's norm.
+
+    ddp: the model, or DistributedDataParallel around it. Nothing here makes the host wait for the device, but for the
+    hard negatives that come from other processes (see `losses.fetch_rows`).
+    """
+    model, size = getattr(ddp, "module", ddp), world()[1]
+    compares = max(1, cfg.itc_batch // (len(micro_batches[0]) * size))  # so many micro-batches with each other
+    totals = stage2_totals(micro_batches) if "lm" in objectives else stage1_totals(micro_batches, compares)
+    generator, parts = torch.Generator(), []  # of the hard negatives
+    for first in range(0, len(micro_batches), compares):
+        group = micro_batches[first : first + compares]
+        generator.manual_seed(hash((cfg.seed, step, first)))
+        draw = (generator, hardness_at(step, cfg))
+        compared = model.compare(group, totals, *draw) if compares > 1 else [None]
+        for number, batch in enumerate(group, start=first):
+            is_last = number == len(micro_batches) - 1
+            with nullcontext() if is_last or size == 1 else ddp.no_sync():
+                if "lm" in objectives:
+                    losses = ddp(batch, totals)
+                else:
+                    losses = ddp(batch, objectives, totals, *draw, compared[number - first])
+                scaler.scale(sum(losses.values()) * size).backward()  # DDP takes the mean over the processes
+            parts.append(torch.stack([losses[name].detach() for name in objectives]))
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model.temperature.clamp_(*TEMPERATURES)
+    return torch.stack(parts).sum(dim=0), norm
 
 
 # --- the loop's helpers ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from conftest import random_batch, run_many, small_model
 
 from blip2 import stage1_totals
 from data import make_batch
-from losses import all_gather, fetch_rows, world
+from losses import all_gather, all_sum, fetch_rows, world
 
 IDS = [1, 2, 3, 4, 5, 6, 7, 2]  # one photo twice
 
@@ -68,6 +68,53 @@ def test_accumulation_has_the_gradients_of_the_big_batch_for_itg_and_not_for_itc
         "itm": 24,
         "itg": sum(len(part.label_rows) for part in parts),
     }
+
+
+def losses_and_gradients_compared(model, batches):
+    """As train.py does it with --itc-batch."""
+    totals, generator = stage1_totals(batches, len(batches)), torch.Generator().manual_seed(0)
+    sums = {}
+    for batch, compared in zip(batches, model.compare(batches, totals, generator)):
+        losses = model.stage1_losses(batch, totals=totals, compared=compared)
+        sum(losses.values()).backward()
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.detach()
+    return sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare_micro_batches(rank, processes, rows, expected_losses, expected_grads):
+    batch = random_batch(8, image_ids=IDS)
+    mine = [part_of(batch, range(n, n + rows)) for n in range(rank * rows, 8, rows * processes)]
+    losses, grads = losses_and_gradients_compared(small_model(), mine)
+    for name, loss in losses.items():
+        torch.testing.assert_close(all_sum(loss), expected_losses[name])
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            all_sum(grad), expected_grads[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(1, 1), (1, 4), (2, 2)])
+def test_micro_batches_that_are_compared_have_the_losses_and_gradients_of_the_big_batch(processes, rows):
+    """--itc-batch: all three losses, for hard negatives come from all micro-batches too; and the temperature's."""
+    batch = random_batch(8, image_ids=IDS)
+    expected = losses_and_gradients(small_model(), [batch], stage1_totals([batch]))
+    if processes == 1:
+        compare_micro_batches(0, 1, rows, *expected)
+    else:
+        run_many(processes, compare_micro_batches, processes, rows, *expected)
+
+
+def test_both_passes_of_a_comparison_drop_the_same():
+    """With dropout, else the gradient would be of other features than those that were compared."""
+    model, batches, seen = small_model(dropout=0.3).train(), [random_batch(3, 0), random_batch(3, 1)], []
+    original = model.feats
+    model.feats = lambda *args: seen.append(original(*args)) or seen[-1]
+    losses_and_gradients_compared(model, batches)
+    first, second, first_again, second_again = seen
+    assert torch.equal(first, first_again) and torch.equal(second, second_again)
+    assert not torch.allclose(first, original(model.image_kv(model.tokens_of(batches[0])), batches[0], None))
 
 
 def fetch(rank, processes):

@@ -250,6 +250,11 @@ def test_ill_typed_flag(train_says):
         (["--image-size", "4"], "--image-size 4 is no multiple of the patch size 8"),
         (["--image-size", "0"], "pass --image-size 8"),
         (["--micro-batch", "-4"], "got --micro-batch -4, expected 0 or more"),
+        (
+            ["--batch", "12", "--micro-batch", "2", "--itc-batch", "8"],
+            "--itc-batch 8 is not made of micro-batches of 2 (over all processes), or --batch 12 not of it: pass "
+            "--itc-batch 12",
+        ),
         (["--micro-batch", "4"], "pass --batch 4"),
         (["--clip", "0"], "got --clip 0.0, expected above 0"),
         (["--seed", "-1"], "got --seed -1, expected 0 or more"),

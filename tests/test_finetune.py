@@ -432,6 +432,7 @@ def test_a_fine_tuned_run_is_exported_with_its_own_vit(tmp_path, runs):
         ("--stage caption --init RUNS/stage1", "is a run without a language model, stage caption starts from one of"),
         ("--stage caption --init RUNS/stage2 --no-condition", "got --condition, a flag of stage vqa, in stage caption"),
         ("--stage vqa --init RUNS/stage2 --cache-features", "keeps what a frozen ViT sees, here it is trained"),
+        ("--stage retrieval --init RUNS/stage1 --batch 8 --micro-batch 2 --itc-batch 8", "trained: add --freeze-vit"),
         ("--stage vqa --init RUNS/stage2 --vit-lr-decay 2", "got --vit-lr-decay 2.0, expected above 0 and at most 1"),
         ("--stage vqa --init RUNS/stage2 --epochs -1", "got --epochs -1.0, expected above 0"),
         ("--stage vqa --init RUNS/stage2 --image-size 60", "--image-size 60 is no multiple of the patch size 8"),

@@ -315,6 +315,22 @@ def test_cached_features_are_the_encoders_and_it_sees_each_photo_once(tmp_path, 
         torch.testing.assert_close(tokens, fresh.half(), rtol=2e-3, atol=2e-3)  # a last place of fp16 or two
 
 
+def test_micro_batches_that_itc_compares_train_like_the_whole_batch(tmp_path, run_train, capsys):
+    """--itc-batch, also where the run is stopped and resumed; without it ITC has an easier task."""
+    flags = "--steps 4 --dropout 0 --lr 1e-3 --warmup 1 --negatives-ramp 3 --save-every 2 --keep 2".split()
+    whole = run_train(tmp_path / "whole", *flags)
+    parts = run_train(tmp_path / "parts", *flags, "--micro-batch", "2", "--itc-batch", "8")
+    assert "compared with 8 texts at once: its own and 7 negatives\n" in capsys.readouterr().out
+    for a, b in zip(whole, parts, strict=True):
+        for key in ("itc", "itm", "itg", "norm", "temperature"):
+            assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
+    shutil.rmtree(tmp_path / "parts/step-000004")
+    again = run_train(tmp_path / "parts", "--resume")
+    assert [row["loss"] for row in again[2:]] == [row["loss"] for row in parts[2:]]
+    alone = run_train(tmp_path / "alone", *flags, "--micro-batch", "2")
+    assert all(a["itc"] < b["itc"] - 0.5 for a, b in zip(alone, whole, strict=True))
+
+
 # --- one process and many
 
 
