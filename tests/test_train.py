@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, random_batch, small_model
+from conftest import ROOT, TINY, random_batch, small_model, stage2_model
 from safetensors.torch import load_file
 
 import blip2
 import train
 from blip2 import Blip2
-from data import CachedTokens, open_photos
+from data import CachedTokens, make_llm_batch, open_photos
 from shapes import ShapesWorld
 from train import (
     TrainConfig,
@@ -371,6 +371,36 @@ def test_a_cuda_card_computes_what_the_processor_does():
     assert next(half.vit.parameters()).dtype == torch.float16
     for name, loss in half.stage1_losses(batch.to("cuda"), generator=torch.Generator().manual_seed(3)).items():
         assert loss.item() == pytest.approx(losses[0][name].item(), rel=0.1)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("kind", ["stage 1", "stage 1, compared", "opt", "t5"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_host_never_waits_for_the_card_inside_a_step(kind, precision):
+    """So that it runs ahead of it: no .item(), no test of a device tensor. fp16 has its loss scaled."""
+    if (kind, precision) == ("t5", "fp16"):
+        pytest.skip("T5 does not run in fp16")
+    cfg = TrainConfig(clip=1.0, lr=1e-4, beta2=0.98, weight_decay=0.05, negatives_ramp=0)
+    if kind.startswith("stage 1"):
+        model, objectives = small_model(dropout=0.1), ("itc", "itm", "itg")
+        batches = [random_batch(4, seed, list(range(4 * seed, 4 * seed + 4))) for seed in range(2)]
+        cfg.itc_batch = 8 if "compared" in kind else 0
+    else:
+        model, objectives = stage2_model(kind, dropout=0.1), ("lm",)
+        layout, images = model.llm.layout, torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+        batches = [make_llm_batch([[2]] * 3, [[7] * n for n in (3, 5, 9)], 0, layout.pads, [1, 2, 3], images=images)]
+    model = model.set_precision(precision, "cuda").train()
+    batches = [batch.pin_memory().to("cuda") for batch in batches]
+    optimizer = build_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    train.optimize(model, optimizer, scaler, batches, cfg, objectives, 1)  # makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses, norm = train.optimize(model, optimizer, scaler, batches, cfg, objectives, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.isfinite().all() and (norm.isfinite() or precision == "fp16")
 
 
 @pytest.mark.parametrize("objectives", ["itc,itm,itg", "itc"])
