@@ -374,10 +374,10 @@ class TheirQFormer(nn.Module):
         """The tokens themselves."""
         return [(tokens, tokens[:, :0])]
 
-    def encode_queries(self, image_kv: ImageKV, cache: Prefix | None = None) -> Tensor:
+    def encode_queries(self, image_kv: ImageKV, cache: list[Prefix] | None = None) -> Tensor:
         """As ours."""
         if cache is not None:
-            cache.layers.append(image_kv[0])
+            cache[0](*image_kv[0])
         tokens = image_kv[0][0]
         queries = self.queries.expand(len(tokens), -1, -1)
         return self.model(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
@@ -401,9 +401,9 @@ class TheirQFormer(nn.Module):
         """As ours."""
         return self.joint("itm", text_ids, text_mask, image_kv[0][0])[:, : self.cfg.num_queries]
 
-    def decode_text(self, text_ids: Tensor, text_mask: Tensor, cache: Prefix) -> Tensor:
+    def decode_text(self, text_ids: Tensor, text_mask: Tensor, cache: list[Prefix]) -> Tensor:
         """As ours."""
-        return self.joint("itg", text_ids, text_mask, cache.layers[0][0])[:, self.cfg.num_queries :]
+        return self.joint("itg", text_ids, text_mask, cache[0].k)[:, self.cfg.num_queries :]
 
     def lm_logits(self, text_out: Tensor) -> Tensor:
         """As ours; transformers lacks this head."""

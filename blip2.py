@@ -569,7 +569,7 @@ class Blip2(nn.Module):
                 image_tokens = compared.image_tokens
                 torch.manual_seed(compared.seed)
             image_kv = self.image_kv(image_tokens)  # once, for all the passes below
-            cache = Prefix()
+            cache = [Prefix() for _ in range(self.qformer.cfg.depth)]
             feats = self.feats(image_kv, batch, cache)  # (B, Q+1, E)
 
             if compared is None:
@@ -654,7 +654,7 @@ class Blip2(nn.Module):
         """The ViT's tokens (B, P, V) of a batch, computed or from the cache."""
         return batch.image_tokens if batch.images is None else self.image_tokens(batch.images)
 
-    def feats(self, image_kv: ImageKV, batch: Batch, cache: Prefix | None) -> Tensor:
+    def feats(self, image_kv: ImageKV, batch: Batch, cache: list[Prefix] | None) -> Tensor:
         """What ITC compares (B, Q+1, E): of each photo its queries' features, and that of its text."""
         query_out = self.qformer.encode_queries(image_kv, cache)  # (B, Q, D)
         text_cls = self.qformer.encode_text(batch.text_ids, batch.text_mask)  # (B, D)
@@ -694,7 +694,7 @@ class Blip2(nn.Module):
         is_match = torch.arange(3 * len(ids), device=ids.device) < len(ids)
         return itm_loss(self.itm_logits(query_out), is_match, F.pad(found, (len(ids), 0), value=True), total)
 
-    def _itg(self, batch: Batch, cache: Prefix, total: Tensor) -> Tensor:
+    def _itg(self, batch: Batch, cache: list[Prefix], total: Tensor) -> Tensor:
         """Image-grounded text generation: [DEC] w1 w2 ... behind the cached queries, each predicting the next."""
         ids = batch.text_ids.clone()
         ids[:, 0] = self.qformer.dec_id  # "We also replace the [CLS] token with a new [DEC] token"
@@ -980,8 +980,7 @@ class Blip2(nn.Module):
                 target, mask = target.to(self.device), mask.to(self.device)
                 said = first[:, target[:, 0]]  # (R, C)
                 if target.shape[1] > 1:  # behind each prompt each text, all but its last token
-                    every = torch.arange(R, device=self.device).repeat_interleave(len(columns))
-                    logits = decoder.fork(every).append(target[:, :-1].repeat(R, 1)).float()  # (R * C, T - 1, W)
+                    logits = decoder.fork(len(columns)).append(target[:, :-1].repeat(R, 1)).float()  # (R * C, T - 1, W)
                     rest = -F.cross_entropy(logits.transpose(1, 2), target[:, 1:].repeat(R, 1), reduction="none")
                     said = said + (rest.view(R, len(columns), -1) * mask[:, 1:]).sum(dim=-1)
                 total[torch.tensor(part)[:, None], torch.tensor(columns)] = said.cpu()

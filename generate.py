@@ -4,12 +4,15 @@ A decoder is an object with three methods (the Q-Former's is `qformer.CaptionDec
 
     start() -> logits (B, W)          run whatever comes before the new text, once per image
     step(tokens) -> logits (R, W)     append tokens (R,) to the R rows; what comes next
-    select(rows)                      row i becomes a copy of old row rows[i]: beams split, swap and die, rows drop out
+    select(rows, beams)               row i becomes a copy of old row rows[i]: beams split, swap and die, rows drop out;
+                                      from now on every `beams` rows in turn are of one image
 
 So the prompt runs once per image and is copied to the beams afterwards, and finished rows are not computed on.
 Lengths count new tokens only, the end token among them. Beam scores, penalties and early stopping are those of
 transformers, so that results agree token by token (tests/test_generate.py).
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,12 +21,21 @@ NEVER = -1e9  # a score that no text has
 
 
 class KVCache:
-    """Self-attention keys and values of all layers, allocated once: 2 x (layers, R, H, max_length, K)."""
+    """Self-attention keys and values of all layers, allocated once: 2 x (layers, R, H, max_length, K).
+
+    What is there when the rows multiply, the prompt, all beams of an image have in common: so when beams change places,
+    only what follows moves.
+    """
 
     def __init__(self, layers: int, rows: int, heads: int, max_length: int, width: int, like: Tensor):
         self.k = like.new_zeros(layers, rows, heads, max_length, width)
         self.v = torch.zeros_like(self.k)
         self.length = 0  # positions that are filled in every layer
+        self.in_common = 0  # of these, the first that are equal in all beams of an image
+
+    def __iter__(self):
+        """For each layer's block what it hands its new keys and values to, and gets all from."""
+        return (partial(self.extend, layer) for layer in range(len(self.k)))
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (R, H, n, K) behind what is there; returns all keys and values so far."""
@@ -35,8 +47,14 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes a copy of old row rows[i]."""
-        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
+        """Row i becomes a copy of old row rows[i]; if there are as many as before, of one of the same image."""
+        if self.in_common and len(rows) == self.k.shape[1]:
+            for x in (self.k, self.v):
+                own = x[:, :, :, self.in_common : self.length]
+                own.copy_(own.index_select(1, rows))
+        else:
+            self.in_common = self.length if len(rows) > self.k.shape[1] else self.in_common
+            self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
 
 
 @torch.no_grad()
@@ -226,7 +244,7 @@ def beam_search(
             break
         going = open_.nonzero().squeeze(1)
         images = [images[row] for row in going.tolist()]
-        decoder.select((going[:, None] * beams + parents[going]).flatten())
+        decoder.select((going[:, None] * beams + parents[going]).flatten(), tokens.shape[1])
         running, seen, done, scores = running[going], seen[going], done[going], scores[going]
         logits = decoder.step(tokens[going].flatten()).float()
     return best

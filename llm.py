@@ -70,9 +70,9 @@ class OPTConfig:
 class OPTBlock(nn.Module):
     """Causal self-attention and a ReLU feed-forward, with the norm before (or, in 350m, behind) each."""
 
-    def __init__(self, cfg: OPTConfig, layer: int):
+    def __init__(self, cfg: OPTConfig):
         super().__init__()
-        self.layer, self.heads, self.pre_norm = layer, cfg.heads, cfg.pre_norm
+        self.heads, self.pre_norm = cfg.heads, cfg.pre_norm
         self.ln_1 = nn.LayerNorm(cfg.width)
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
@@ -80,21 +80,24 @@ class OPTBlock(nn.Module):
         self.fc1 = nn.Linear(cfg.width, cfg.mlp)
         self.fc2 = nn.Linear(cfg.mlp, cfg.width)
 
-    def forward(self, x: Tensor, mask: Tensor, cache: KVCache | None = None, read: int | None = None) -> Tensor:
-        """(B, rows, L) -> the same, or of the last `read` rows (B, read, L): what the others see, nobody asks."""
+    def forward(self, x: Tensor, mask: Tensor, keep=None, read: int | None = None) -> Tensor:
+        """(B, rows, L) -> the same, or of the last `read` rows (B, read, L): what the others see, nobody asks.
+
+        keep: None, or what takes the keys and values and returns them with those before.
+        """
         behind = x if read is None else x[:, -read:]
         if self.pre_norm:
-            x = behind + self.attention(self.ln_1(x), mask, cache, read)
+            x = behind + self.attention(self.ln_1(x), mask, keep, read)
             return x + self.fc2(F.relu(self.fc1(self.ln_2(x))))
-        x = self.ln_1(behind + self.attention(x, mask, cache, read))
+        x = self.ln_1(behind + self.attention(x, mask, keep, read))
         return self.ln_2(x + self.fc2(F.relu(self.fc1(x))))
 
-    def attention(self, x: Tensor, mask: Tensor, cache: KVCache | None, read: int | None) -> Tensor:
-        """Self-attention, also to what the cache holds."""
+    def attention(self, x: Tensor, mask: Tensor, keep, read: int | None) -> Tensor:
+        """Self-attention, also to what was kept."""
         asking = x if read is None else x[:, -read:]
         q, k, v = (heads_of(part, self.heads) for part in queries_keys_values(self.qkv, x, asking))
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+        if keep is not None:
+            k, v = keep(k, v)
         return self.proj(attend(q, k, v, mask[:, :, -asking.shape[1] :]).transpose(1, 2).flatten(2))
 
 
@@ -117,7 +120,7 @@ class OPT(nn.Module):
         self.position_embedding = nn.Embedding(cfg.max_positions + 2, cfg.width)  # row 0 is never read, 1 is padding's
         projects = cfg.embed_width != cfg.width
         self.project_in = nn.Linear(cfg.embed_width, cfg.width, bias=False) if projects else nn.Identity()
-        self.blocks = nn.ModuleList(OPTBlock(cfg, layer) for layer in range(cfg.depth))
+        self.blocks = nn.ModuleList(OPTBlock(cfg) for _ in range(cfg.depth))
         self.ln_final = nn.LayerNorm(cfg.width) if cfg.pre_norm else nn.Identity()
         self.project_out = nn.Linear(cfg.width, cfg.embed_width, bias=False) if projects else nn.Identity()
 
@@ -162,12 +165,12 @@ class OPT(nn.Module):
         positions = (real.cumsum(dim=1) * real + 1)[:, -x.shape[1] :]
         x = self.project_in(x) + self.position_embedding(positions)
         mask = causal_mask(real, x.shape[1])
-        for block in self.blocks:
+        for block, keep in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
             rows = read if block is self.blocks[-1] else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask, None, rows, use_reentrant=False)
             else:
-                x = block(x, mask, cache, rows)
+                x = block(x, mask, keep, rows)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -186,11 +189,11 @@ class LLMDecoder:
         """Append one token (R,) to each row -> logits (R, W)."""
         return self.append(tokens[:, None])[:, 0]
 
-    def fork(self, rows: Tensor) -> "LLMDecoder":
-        """Another decoder, whose row i goes on from this one's row rows[i]; this one stays as it is."""
-        twin = copy.copy(self)
-        twin.cache = copy.copy(self.cache)  # `select` puts new tensors into it
-        twin.select(rows)
+    def fork(self, copies: int) -> "LLMDecoder":
+        """Another decoder, with so many copies of each row after another; this one stays as it is."""
+        twin, k = copy.copy(self), self.cache.k
+        twin.cache = copy.copy(self.cache)  # before any beams there are, `select` puts new tensors into it
+        twin.select(torch.arange(k.shape[1], device=k.device).repeat_interleave(copies), copies)
         return twin
 
 
@@ -211,7 +214,7 @@ class OPTDecoder(LLMDecoder):
         self.real = F.pad(self.real, (0, tokens.shape[1]), value=True)
         return self.model.logits(self.model.run(self.model.embed(tokens), self.real, self.cache))
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, beams: int = 1) -> None:
         """Row i becomes a copy of old row rows[i]."""
         self.cache.select(rows)
         self.real = self.real[rows]
@@ -277,9 +280,9 @@ class T5Attention(nn.Module):
 class T5Block(nn.Module):
     """Self-attention, in the decoder cross-attention, and a gated feed-forward; the norm before each."""
 
-    def __init__(self, cfg: T5Config, layer: int, is_decoder: bool):
+    def __init__(self, cfg: T5Config, is_decoder: bool):
         super().__init__()
-        self.layer, self.act = layer, ACTIVATIONS[cfg.act]
+        self.act = ACTIVATIONS[cfg.act]
         self.ln_1, self.attn = RMSNorm(cfg.width, cfg.eps), T5Attention(cfg)
         self.ln_cross = RMSNorm(cfg.width, cfg.eps) if is_decoder else None
         self.cross = T5Attention(cfg) if is_decoder else None
@@ -288,14 +291,14 @@ class T5Block(nn.Module):
         self.up = nn.Linear(cfg.width, cfg.mlp, bias=False)
         self.down = nn.Linear(cfg.mlp, cfg.width, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor, memory=None, memory_mask=None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, memory=None, memory_mask=None, keep=None) -> Tensor:
         normed = self.ln_1(x)
         k, v = self.attn.keys_values(normed)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+        if keep is not None:
+            k, v = keep(k, v)
         x = x + self.attn(normed, k, v, bias)
         if self.cross is not None:
-            x = x + self.cross(self.ln_cross(x), *memory[self.layer], memory_mask)
+            x = x + self.cross(self.ln_cross(x), *memory, memory_mask)
         normed = self.ln_2(x)
         return x + self.down(self.act(self.gate(normed)) * self.up(normed))
 
@@ -307,7 +310,7 @@ class T5Stack(nn.Module):
         super().__init__()
         self.cfg, self.is_decoder = cfg, is_decoder
         self.position_bias = nn.Embedding(cfg.buckets, cfg.heads)
-        self.blocks = nn.ModuleList(T5Block(cfg, layer, is_decoder) for layer in range(depth))
+        self.blocks = nn.ModuleList(T5Block(cfg, is_decoder) for _ in range(depth))
         self.ln_final = RMSNorm(cfg.width, cfg.eps)
 
     def forward(self, x: Tensor, allowed: Tensor, recompute: bool, memory=None, memory_mask=None, cache=None) -> Tensor:
@@ -316,11 +319,12 @@ class T5Stack(nn.Module):
         In the decoder, memory holds the keys and values of what the encoder has read, for each block.
         """
         bias = self.bias(x.shape[1], allowed.shape[-1]).masked_fill(~allowed, float("-inf"))
-        for block in self.blocks:
+        nothing = [None] * len(self.blocks)
+        for block, read, keep in zip(self.blocks, memory or nothing, nothing if cache is None else cache):
             if recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, memory, memory_mask, use_reentrant=False)
+                x = checkpoint(block, x, bias, read, memory_mask, use_reentrant=False)
             else:
-                x = block(x, bias, memory, memory_mask, cache)
+                x = block(x, bias, read, memory_mask, keep)
         return self.ln_final(x)
 
     def bias(self, rows: int, keys: int) -> Tensor:
@@ -409,7 +413,7 @@ class T5Decoder(LLMDecoder):
 
     def __init__(self, model: T5, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int):
         cfg = model.cfg
-        self.model = model
+        self.model, self.beams = model, 1
         self.memory, self.mask = model.read(prompt, prompt_mask)
         self.cache = KVCache(cfg.decoder_depth, len(prompt), cfg.heads, max_new_tokens, cfg.head_width, prompt)
 
@@ -424,11 +428,13 @@ class T5Decoder(LLMDecoder):
         x = self.model.decoder(self.model.embed(tokens), allowed, False, self.memory, self.mask, self.cache)
         return self.model.lm_head(x)
 
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes a copy of old row rows[i]."""
+    def select(self, rows: Tensor, beams: int = 1) -> None:
+        """Row i becomes a copy of old row rows[i]. What the encoder has read is there once for all beams."""
         self.cache.select(rows)
-        self.memory = [(k[rows], v[rows]) for k, v in self.memory]
-        self.mask = self.mask[rows]
+        prompts, self.beams = rows[::beams] // self.beams, beams
+        if len(prompts) != len(self.mask):
+            self.memory = [(k[prompts], v[prompts]) for k, v in self.memory]
+            self.mask = self.mask[prompts]
 
 
 # --- by name ---------------------------------------------------------------------------------------------------------

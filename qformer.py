@@ -93,10 +93,14 @@ def drop(x: Tensor, p: float) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale q k^T) v of (B, H, rows, K) and (B, H, keys, K).
+    """softmax(scale q k^T) v of (B, H, rows, K) and (B, H, keys, K); or of fewer k and v, each for the next B / n of q.
 
     mask: bool, True = may attend, or what is added to the scores; broadcast to them. scale: 1 / sqrt(K) if not given.
     """
+    if len(k) < len(q):  # as if they were more rows of one
+        together = q.unflatten(0, (len(k), -1)).transpose(1, 2)  # (B / n, H, n, rows, K)
+        out = attend(together.flatten(2, 3), k, v, mask, dropout, scale)
+        return out.view(together.shape).transpose(1, 2).flatten(0, 1)
     if q.is_cuda or not (torch.is_grad_enabled() or dropout):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     # Training on CPU, the plain products are faster than the fused kernel, whose backward recomputes them.
@@ -134,36 +138,38 @@ def predict(head, x: Tensor, rows: Tensor) -> Tensor:
 
 
 class Prefix:
-    """The self-attention keys and values of the query pass, kept for the text that follows (ITG)."""
+    """A block's self-attention keys and values of the query pass, kept for the text that follows (ITG)."""
 
     def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.k = self.v = None
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the first k, v (B, H, rows, K) of a layer; later ones are returned with the kept in front of them."""
-        if layer == len(self.layers):
-            self.layers.append((k, v))
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the first k, v (B, H, rows, K); later ones are returned with the kept in front of them."""
+        if self.k is None:
+            self.k, self.v = k, v
             return k, v
-        kept_k, kept_v = self.layers[layer]
-        return torch.cat((kept_k, k), dim=2), torch.cat((kept_v, v), dim=2)
+        return torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
 
 
 class SelfAttention(nn.Module):
     """Shared by queries and text; with the residual and the norm after it."""
 
-    def __init__(self, cfg: QFormerConfig, layer: int):
+    def __init__(self, cfg: QFormerConfig):
         super().__init__()
-        self.layer, self.heads, self.dropout = layer, cfg.heads, cfg.dropout
+        self.heads, self.dropout = cfg.heads, cfg.dropout
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
         self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache, read: int | None) -> Tensor:
-        """(B, S, D) -> (B, S, D), or of the first `read` rows (B, read, D): what the others see, nobody asks."""
+    def forward(self, x: Tensor, mask: Tensor | None, keep, read: int | None) -> Tensor:
+        """(B, S, D) -> (B, S, D), or of the first `read` rows (B, read, D): what the others see, nobody asks.
+
+        keep: None, or what takes the keys and values and returns them with those before.
+        """
         asking = x if read is None else x[:, :read]
         q, k, v = (heads_of(part, self.heads) for part in queries_keys_values(self.qkv, x, asking))
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+        if keep is not None:
+            k, v = keep(k, v)
         if mask is not None and read is not None:
             mask = mask[:, :, :read]
         dropout = self.dropout if self.training else 0.0
@@ -213,13 +219,13 @@ class Block(nn.Module):
 
     def __init__(self, cfg: QFormerConfig, layer: int):
         super().__init__()
-        self.attn = SelfAttention(cfg, layer)
+        self.attn = SelfAttention(cfg)
         self.cross = CrossAttention(cfg) if layer % cfg.cross_every == 0 else None
         self.ffn_query = FeedForward(cfg)
         self.ffn_text = FeedForward(cfg)
 
-    def forward(self, x: Tensor, num_queries: int, mask: Tensor | None, image_kv, cache, read: int | None) -> Tensor:
-        x = self.attn(x, mask, cache, read)  # (B, S, D), or (B, read, D)
+    def forward(self, x: Tensor, num_queries: int, mask: Tensor | None, image_kv, keep, read: int | None) -> Tensor:
+        x = self.attn(x, mask, keep, read)  # (B, S, D), or (B, read, D)
         if num_queries == 0:
             return self.ffn_text(x)
         queries, text = x.split((num_queries, x.shape[1] - num_queries), dim=1)
@@ -292,7 +298,7 @@ class QFormer(nn.Module):
         return x[:, :Q], x[:, Q:]
 
     def encode_queries(self, image_kv: ImageKV, cache=None) -> Tensor:
-        """Queries alone -> query_out (B, Q, D). A cache, if given, keeps their self-attention keys and values."""
+        """Queries alone -> query_out (B, Q, D). cache: for each block what keeps its self-attention keys and values."""
         batch = image_kv[0][0].shape[0]
         return self.run(self.queries.expand(batch, -1, -1), self.cfg.num_queries, None, image_kv, cache)
 
@@ -340,9 +346,9 @@ class QFormer(nn.Module):
         rows if given."""
         x = drop(self.embedding_ln(x), self.cfg.dropout if self.training else 0.0)
         kv = iter(image_kv)
-        for block in self.blocks:
+        for block, keep in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
             block_kv = next(kv) if num_queries and block.cross is not None else None
-            x = block(x, num_queries, mask, block_kv, cache, read if block is self.blocks[-1] else None)
+            x = block(x, num_queries, mask, block_kv, keep, read if block is self.blocks[-1] else None)
         return x
 
 
@@ -368,7 +374,7 @@ class CaptionDecoder:
         text_out = self.qformer.decode_text(tokens[:, None], text_mask, self.cache, start)
         return self.qformer.lm_logits(text_out[:, 0])
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, beams: int = 1) -> None:
         """Row i becomes a copy of old row rows[i]."""
         self.cache.select(rows)
 

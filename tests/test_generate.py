@@ -27,7 +27,7 @@ class Table:
         self.last = torch.stack((self.last[:, 1], tokens), dim=1)
         return self.look_up()
 
-    def select(self, rows):
+    def select(self, rows, beams=1):
         self.image, self.last = self.image[rows], self.last[rows]
 
     def look_up(self):
@@ -51,7 +51,7 @@ class Peer(Table):
         self.ids = torch.cat((self.ids, tokens[:, None]), dim=1)
         return self.look_up()
 
-    def select(self, rows):
+    def select(self, rows, beams=1):
         self.ids = self.ids[rows]
 
     def look_up(self):
@@ -201,6 +201,29 @@ def test_cache_is_allocated_once():
         for layer in range(2):
             k, _ = cache.extend(layer, torch.randn(3, 2, 1, 4), torch.randn(3, 2, 1, 4))
     assert k.shape == (3, 2, 5, 4) and cache.k.data_ptr() == buffer and cache.length == 5
+
+
+def test_when_beams_change_places_only_what_follows_the_prompt_moves():
+    """The prompt is theirs in common, so it stays where it is; rows that multiply or drop out are copied whole."""
+    cache = KVCache(layers=1, rows=2, heads=1, max_length=4, width=1, like=torch.empty(0))
+    cache.extend(0, *torch.tensor([[10.0, 11], [20, 21]]).view(1, 2, 1, 2, 1).expand(2, -1, -1, -1, -1))
+    cache.select(torch.tensor([0, 0, 0, 1, 1, 1]))
+    k, _ = cache.extend(0, *torch.arange(6.0).view(1, 6, 1, 1, 1).expand(2, -1, -1, -1, -1))
+    buffer = cache.k.data_ptr()
+    cache.select(torch.tensor([2, 0, 0, 5, 5, 3]))
+    assert cache.k.data_ptr() == buffer
+    assert cache.k[0, :, 0, :3, 0].tolist() == [
+        [10, 11, 2],
+        [10, 11, 0],
+        [10, 11, 0],
+        [20, 21, 5],
+        [20, 21, 5],
+        [20, 21, 3],
+    ]
+    cache.select(torch.tensor([4, 3, 5]))  # the first image has finished
+    assert (
+        cache.k[0, :, 0, :3, 0].tolist() == cache.v[0, :, 0, :3, 0].tolist() == [[20, 21, 5], [20, 21, 5], [20, 21, 3]]
+    )
 
 
 def test_image_is_read_once_however_many_beams_there_are():

@@ -143,10 +143,10 @@ def test_cached_steps_equal_the_full_forward(kind, tmp_path):
         decoder = ours.decoder_for(ours.embed(ids), mask, 6)
         steps = [decoder.start()] + [decoder.step(targets[:, t]) for t in range(5)]
         torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
-        decoder = ours.decoder_for(ours.embed(ids), mask, 6)  # several tokens at once, in a fork with other rows
+        decoder = ours.decoder_for(ours.embed(ids), mask, 6)  # several tokens at once, in a fork with two of each row
         decoder.start()
-        rows = torch.tensor([2, 0, 0])
-        behind = decoder.fork(rows).append(targets[rows, :5])
+        rows = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+        behind = decoder.fork(2).append(targets[rows, :5])
         torch.testing.assert_close(behind, whole[rows, 1:], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(decoder.step(targets[:, 0]), whole[:, 1], rtol=1e-5, atol=1e-5)  # not disturbed
 

@@ -114,7 +114,7 @@ def test_joint_itg_pass_is_the_cached_pass(seed):
     """What the original trains (text behind the cached keys of the queries) is what Figure 2 shows."""
     model = small_qformer(seed)
     ids, mask, tokens = inputs(seed)
-    image_kv, cache = model.image_kv(tokens), Prefix()
+    image_kv, cache = model.image_kv(tokens), [Prefix() for _ in model.blocks]
     query, text = model("itg", ids, mask, image_kv)
     torch.testing.assert_close(model.encode_queries(image_kv, cache), query)
     torch.testing.assert_close(model.decode_text(ids, mask, cache), text)
