@@ -40,8 +40,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import blip2
 import weights
-from blip2 import PRECISIONS, Blip2, choose_precision, local_device, vit_dtype
+from blip2 import OBJECTIVES, PRECISIONS, Blip2, choose_precision, local_device, vit_dtype
 from data import (
     Annotations,
     Batch,
@@ -61,7 +62,7 @@ from generate import generate
 from llm import OPTConfig, OPTDecoder, T5Config, T5Decoder
 from losses import say, start_processes, world
 from qformer import ImageKV, Prefix, QFormer, QFormerConfig, qformer_mask
-from train import build_optimizer, cores, gigabytes_used, keep_memory
+from train import build_optimizer, cores, gigabytes_used, keep_memory, optimize
 from vit import ViTConfig
 
 TINY = Path(__file__).parent / "assets/tiny"
@@ -249,11 +250,14 @@ def clocked(methods: dict[str, list], spent: dict[str, float], device: torch.dev
             delattr(thing, name) if old is None else setattr(thing, name, old)
 
 
+CALLS = ("all_gather", "all_reduce", "all_to_all_single")  # of torch.distributed, all that losses.py makes in a step
+
+
 @contextmanager
 def counted_bytes(sent: dict[str, int]):
     """In the block, count the bytes that this process hands over to the others, by the name of the call. (Of an
     all-reduce in a ring about twice as many travel.)"""
-    originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "all_to_all_single")}
+    originals = {name: getattr(dist, name) for name in CALLS}
 
     def counting(name):
         def call(*args, **kwargs):
@@ -288,10 +292,10 @@ def build_model(args: argparse.Namespace, with_llm: bool) -> Blip2:
     return model
 
 
-def random_batch(args: argparse.Namespace, model: Blip2, rows: int) -> Batch:
+def random_batch(args: argparse.Namespace, model: Blip2, rows: int, number: int = 0) -> Batch:
     """What the loader would bring: noise, with captions of --words random words."""
-    generator = torch.Generator().manual_seed(world()[0])
-    ids = list(range(world()[0] * rows, (world()[0] + 1) * rows))
+    number = number * world()[1] + world()[0]
+    generator, ids = torch.Generator().manual_seed(number), list(range(number * rows, (number + 1) * rows))
     images = torch.randint(0, 256, (rows, 3, args.image_size, args.image_size), dtype=torch.uint8, generator=generator)
     words = (model.qformer if model.llm is None else model.llm).cfg.vocab_size
     texts = torch.randint(words // 2, words - 2, (rows, args.words), generator=generator).tolist()
@@ -424,72 +428,61 @@ class Work:
     result: Callable  # what both have to agree on
     parts: dict[str, list] = field(default_factory=dict)  # part -> methods, as `clocked` takes them
     peer: Callable | None = None  # builds the Work that transformers does
+    model: Blip2 | None = None  # ours, to be compiled
+    alone: Callable | None = None  # the same run without the gradients of other processes
 
 
-def trainer(model: nn.Module, loss: Callable, args: argparse.Namespace) -> tuple[Callable, SimpleNamespace]:
-    """A training step, and its parts as methods that can be clocked."""
-    recipe = SimpleNamespace(lr=1e-6, beta2=0.98, weight_decay=0.05, vit_lr_decay=1.0)
-    optimizer = build_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def update():
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    parts = SimpleNamespace(forward=loss, backward=lambda total: scaler.scale(total).backward(), update=update)
+def training(model: nn.Module, batches: list[Batch], objectives: tuple[str, ...], args: argparse.Namespace) -> Work:
+    """A step of the optimizer over some micro-batches, as train.py takes it."""
+    recipe = SimpleNamespace(lr=1e-6, beta2=0.98, weight_decay=0.05, vit_lr_decay=1.0, clip=1.0, seed=0)
+    recipe.itc_batch, recipe.negatives_ramp = args.itc_batch, 0
+    optimizer, scaler = build_optimizer(model, recipe), torch.amp.GradScaler(enabled=args.precision == "fp16")
+    wrapped, photos = distributed(model), sum(map(len, batches))
 
     def step():
-        parts.backward(parts.forward())
-        parts.update()
+        optimize(wrapped, optimizer, scaler, batches, recipe, objectives, 1)
 
-    return step, parts
-
-
-def no_dropout(model: nn.Module, loss: Callable) -> Callable:
-    """The loss in evaluation mode, so that two models can be compared."""
-
-    def run():
+    def result():  # without dropout, so that two models can be compared
         model.eval()
         with torch.no_grad():
-            found = loss().float().cpu()
+            losses = wrapped(batches[0]) if "lm" in objectives else wrapped(batches[0], generator=torch.Generator())
         model.train()
-        return found
+        return sum(losses.values()).float().cpu()
 
-    return run
+    def step_alone():
+        with wrapped.no_sync():
+            step()
+
+    parts = {
+        "forward, all": [(wrapped, "forward"), (model, "compare")] if args.itc_batch else [(wrapped, "forward")],
+        "backward": [(Tensor, "backward")],
+        "optimizer": [(nn.utils, "clip_grad_norm_"), (optimizer, "step")],
+    }
+    return Work("photos", photos, 0, step, result, parts, alone=step_alone if world()[1] > 1 else None)
 
 
 def stage1(args: argparse.Namespace) -> Work:
     """A training step of stage 1."""
     model = build_model(args, with_llm=False).train()
-    batch = random_batch(args, model, args.batch)
+    count = max(1, args.itc_batch // (args.batch * world()[1]))
+    batches = [random_batch(args, model, args.batch, number) for number in range(count)]
 
     def work(model):
-        wrapped = distributed(model)
-
-        def loss():
-            generator = torch.Generator().manual_seed(0)
-            return sum(wrapped(batch, generator=generator).values())
-
-        step, parts = trainer(model, loss, args)
-        qformer = model.qformer
-        named = {
+        done, qformer, B = training(model, batches, OBJECTIVES, args), model.qformer, args.batch
+        done.flops = done.amount * stage1_flops(
+            model, args.itc_batch or B * world()[1], batches[0].text_ids.shape[1], len(batches[0].label_rows) / B
+        )
+        losses = ("itc_similarity", "itc_loss", "draw_negatives", "itm_loss", "itg_loss")
+        done.parts = {
             "frozen ViT": [(model, "image_tokens")],
             "image keys and values": [(model, "image_kv")],
             "queries, text (ITC)": [(qformer, "encode_queries"), (qformer, "encode_text")],
             "pairs (ITM)": [(qformer, "encode_pairs")],
             "text behind queries (ITG)": [(qformer, "decode_text")],
-            "forward, all": [(parts, "forward")],
-            "backward": [(parts, "backward")],
-            "optimizer": [(parts, "update")],
-        }
-        flops = args.batch * stage1_flops(
-            model, args.batch * world()[1], batch.text_ids.shape[1], len(batch.label_rows) / args.batch
-        )
-        return Work("photos", args.batch, flops, step, no_dropout(model, loss), named)
+            "vocabulary": [(qformer, "lm_logits")],
+            "losses": [(blip2, name) for name in losses],
+        } | done.parts
+        return done
 
     def peer():
         twin = transformers_twin(model)
@@ -502,65 +495,65 @@ def stage1(args: argparse.Namespace) -> Work:
         return work(theirs.train())
 
     ours = work(model)
-    ours.peer = peer
+    ours.model, ours.peer = model, peer
     return ours
+
+
+class TheirStage2(nn.Module):
+    """transformers' Blip2ForConditionalGeneration in the place of blip2.Blip2, in stage 2."""
+
+    def __init__(self, model: Blip2, batch: Batch):
+        super().__init__()
+        self.twin, self.autocast = transformers_twin(model), model.autocast
+        self.temperature = model.temperature
+        for part in (self.twin.qformer, self.twin.language_projection, self.twin.vision_model.post_layernorm):
+            part.requires_grad_(True)
+        self.twin.query_tokens.requires_grad_(True)
+        labels = torch.full_like(batch.target_ids, -100)
+        labels.view(-1)[batch.label_rows] = batch.target_ids.view(-1)[batch.label_rows]
+        ids = prefix = visual_prompt(self.twin, batch.prompt_ids)
+        if isinstance(model.llm.cfg, OPTConfig):
+            ids = torch.cat((prefix, batch.target_ids), dim=1)
+            labels = torch.cat((torch.full_like(prefix, -100), labels), dim=1)
+        mask = torch.cat((torch.ones_like(prefix), (labels != -100).long()[:, prefix.shape[1] :]), dim=1)
+        pixels = model.vit.normalize(batch.images).to(model.vit.dtype)
+        self.inputs = dict(pixel_values=pixels, input_ids=ids, attention_mask=mask[:, : ids.shape[1]], labels=labels)
+
+    def train(self, mode: bool = True):
+        """As ours: what is frozen stays in eval mode."""
+        super().train(mode)
+        self.twin.vision_model.eval(), self.twin.language_model.eval()
+        return self
+
+    def forward(self, *_) -> dict[str, Tensor]:
+        """The loss."""
+        with self.autocast():
+            return {"lm": self.twin(**self.inputs).loss}
 
 
 def stage2(args: argparse.Namespace) -> Work:
     """A training step of stage 2."""
     model = build_model(args, with_llm=True).train()
     batch = random_batch(args, model, args.batch)
-    wrapped, (B, T), n = distributed(model), batch.target_ids.shape, batch.prompt_ids.shape[1]
-
-    def loss():
-        return wrapped(batch)["lm"]
-
-    step, parts = trainer(model, loss, args)
-    named = {
+    (B, T), n = batch.target_ids.shape, batch.prompt_ids.shape[1]
+    work = training(model, [batch], ("lm",), args)
+    work.flops = B * stage2_flops(model, n, T, len(batch.label_rows) / B)
+    work.parts = {
         "frozen ViT": [(model, "image_tokens")],
         "image keys and values": [(model, "image_kv")],
         "queries": [(model.qformer, "encode_queries")],
         "language model": [(model.llm, "forward")],
-        "forward, all": [(parts, "forward")],
-        "backward": [(parts, "backward")],
-        "optimizer": [(parts, "update")],
-    }
-    flops = B * stage2_flops(model, n, T, len(batch.label_rows) / B)
+        "losses": [(blip2, "lm_loss")],
+    } | work.parts
+    work.model = model
 
     def peer():
-        twin = transformers_twin(model).train()
-        twin.vision_model.eval(), twin.language_model.eval()
-        for part in (twin.qformer, twin.language_projection, twin.vision_model.post_layernorm):
-            part.requires_grad_(True)
-        twin.query_tokens.requires_grad_(True)
-        labels = torch.full_like(batch.target_ids, -100)
-        labels.view(-1)[batch.label_rows] = batch.target_ids.view(-1)[batch.label_rows]
-        prefix = visual_prompt(twin, batch.prompt_ids)
-        if isinstance(model.llm.cfg, OPTConfig):
-            ids = torch.cat((prefix, batch.target_ids), dim=1)
-            labels = torch.cat((torch.full_like(prefix, -100), labels), dim=1)
-        else:
-            ids = prefix
-        mask = torch.cat((torch.ones_like(prefix), (labels != -100)[:, prefix.shape[1] :]), dim=1)
-        mask = mask.long() if ids is not prefix else torch.ones_like(prefix)
-        pixels = model.vit.normalize(batch.images).to(model.vit.dtype)
+        theirs = training(TheirStage2(model, batch).train(), [batch], ("lm",), args)
+        theirs.flops = work.flops
+        return theirs
 
-        def their_loss():
-            with model.autocast():
-                return twin(pixel_values=pixels, input_ids=ids, attention_mask=mask, labels=labels).loss
-
-        step, _ = trainer(twin, their_loss, args)
-
-        def result():
-            twin.qformer.eval()
-            with torch.no_grad():
-                found = their_loss().float().cpu()
-            twin.qformer.train()
-            return found
-
-        return Work("photos", B, flops, step, result)
-
-    return Work("photos", B, flops, step, no_dropout(model, loss), named, peer)
+    work.peer = peer
+    return work
 
 
 def visual_prompt(twin: nn.Module, prompt_ids: Tensor) -> Tensor:
@@ -611,7 +604,7 @@ def generate_(args: argparse.Namespace) -> Work:
 
         return Work("tokens", args.batch * new, flops, their_ids, lambda: their_ids().float().cpu())
 
-    return Work("tokens", args.batch * new, flops, ids, result, named, peer)
+    return Work("tokens", args.batch * new, flops, ids, result, named, peer, model)
 
 
 def retrieval(args: argparse.Namespace) -> Work:
@@ -654,7 +647,7 @@ def retrieval(args: argparse.Namespace) -> Work:
         ))  # fmt: skip
         return Work("pairs", pairs, flops + again, their_scores, lambda: their_scores().cpu())
 
-    return Work("pairs", args.batch * args.texts, flops, scores, lambda: scores().cpu(), named, peer)
+    return Work("pairs", args.batch * args.texts, flops, scores, lambda: scores().cpu(), named, peer, model)
 
 
 def distributed(model: Blip2) -> nn.Module:
@@ -689,11 +682,35 @@ def measure(work: Work, args: argparse.Namespace) -> dict:
         "MFU, %": 100 * work.flops / median / peak,
     }
     spent, sent = defaultdict(float), defaultdict(int)
-    with clocked(work.parts, spent, device), counted_bytes(sent):
+    calls = {f"waiting for {name}": [(dist, name)] for name in CALLS} if world()[1] > 1 else {}
+    with clocked(work.parts | calls, spent, device), counted_bytes(sent):
         whole = seconds(work.run, device)
-    numbers |= {f"part: {part}, %": 100 * spent[part] / whole for part in work.parts}
+    numbers |= {f"part: {part}, %": 100 * spent[part] / whole for part in work.parts | calls}
     numbers |= {f"sent by {name}, MB": count / 1e6 for name, count in sent.items()}
+    if work.alone:
+        alone = statistics.median(seconds(work.alone, device) for _ in range(args.repeats))
+        numbers["part: gradients not hidden by the backward pass, %"] = 100 * (median - alone) / median
+        trained = [p for p in work.model.parameters() if p.requires_grad]
+        numbers["sent as gradients, MB"] = sum(p.numel() * p.element_size() for p in trained) / 1e6
     return numbers
+
+
+def gain_of_compiling(work: Work, args: argparse.Namespace) -> dict:
+    """The same run with compiled blocks and without, in turns."""
+    work.model.compile_blocks()
+    first = seconds(work.run, args.device)
+    work.run()  # sizes that change from run to run get a second graph
+    pairs = []
+    for _ in range(args.repeats):
+        with work.model.uncompiled():
+            plain = seconds(work.run, args.device)
+        pairs.append((seconds(work.run, args.device), plain))
+    return {
+        "seconds of the first compiled run": first,
+        "seconds, compiled, in turns": statistics.median(fast for fast, _ in pairs),
+        "seconds, not compiled, in turns": statistics.median(plain for _, plain in pairs),
+        "times as fast when compiled": statistics.median(plain / fast for fast, plain in pairs),
+    }
 
 
 def versus(work: Work, args: argparse.Namespace) -> dict:
@@ -873,6 +890,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1, help="of the Q-Former, in training")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument(
+        "--itc-batch", type=int, default=0, help="stage1: ITC over so many, in micro-batches of --batch"
+    )
+    parser.add_argument("--compile", action="store_true", help="measure what compiling the blocks gains, too")
     parser.add_argument("--vs", choices=["transformers"], help="compare with it, in turns")
     parser.add_argument("--grow", choices=list(GROWTH), help="measure at growing sizes")
     parser.add_argument("--up-to", type=int, help="--grow: the largest size")
@@ -888,6 +909,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """The command line."""
     args = parse(argv)
+    if args.compile and args.what not in ("stage1", "stage2"):
+        raise UserError(f"--compile is of training, {args.what} is not compiled: leave it out")
+    if args.itc_batch and (args.what != "stage1" or args.vs):
+        raise UserError("--itc-batch is of stage1, and nothing that transformers does: leave it or --vs out")
     start_processes()
     args.device = local_device(args.device)
     args.precision = choose_precision(args.device, args.precision)[0]
@@ -915,6 +940,10 @@ def main(argv: list[str] | None = None) -> dict:
             comparison = versus(work, args)
             show("beside transformers", comparison)
             numbers |= comparison
+        if args.compile:
+            gain = gain_of_compiling(work, args)
+            show("compiled", gain)
+            numbers |= gain
     settings = {name: str(value) for name, value in vars(args).items() if value not in (None, False)}
     record = {"title": title, "settings": settings, "numbers": numbers}
     if world()[0] == 0:

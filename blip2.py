@@ -148,6 +148,7 @@ class Blip2(nn.Module):
         self.conditioned = False  # does the Q-Former read the question too? From `condition_on_question`
         self.vit_trained = False  # from `unfreeze_vit`
         self.amp_dtype: torch.dtype | None = None  # of the products in the trained part; None is fp32
+        self.compiled = False  # from `compile_blocks`
         vit.requires_grad_(False).eval()
 
     # --- open and save -----------------------------------------------------------------------------------------------
@@ -496,6 +497,19 @@ class Blip2(nn.Module):
                 f"{folder} was trained over a {name} of random weights ({spec}), which no file holds: "
                 f"pass --{part} with real ones, or train again"
             )
+
+    def compile_blocks(self, **options) -> None:
+        """torch.compile all blocks: of each kind, and of each way that training takes through it, one graph that all
+        layers share. options: those of torch.compile."""
+        torch._dynamo.config.cache_size_limit = 64  # a Q-Former block has eight ways through it; 8 is the default
+        for name, module in self.named_modules():
+            if name.rpartition(".")[0].endswith("blocks"):
+                module.compile(**options)
+        self.compiled = True
+
+    def uncompiled(self):
+        """Inside, nothing is compiled: evaluation has ever other shapes, each of which would cost a minute."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     @property
     def device(self) -> torch.device:

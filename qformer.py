@@ -80,7 +80,7 @@ def qformer_mask(kind: str, text_mask: Tensor, num_queries: int) -> Tensor:
 
 def drop(x: Tensor, p: float) -> Tensor:
     """Dropout: each element is 0 with probability p, and the others grow by 1 / (1 - p)."""
-    if x.is_cuda or not p:
+    if x.is_cuda or not p or torch.compiler.is_compiling():
         return F.dropout(x, p)
     # On CPU the random numbers are what costs: PyTorch draws 64 bits for each element, and 16 are enough. A comparison,
     # which makes bools, costs twice as much as clamping to the two numbers around the threshold.

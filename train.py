@@ -123,6 +123,7 @@ class TrainConfig:
     max_text_tokens: int = 32  # longer texts are cut
     last_block: bool = False  # use the ViT's last block too; the paper drops it
     grad_checkpointing: bool | None = None  # recompute the blocks of LM and trained ViT: slower, less memory
+    compile: bool = False  # torch.compile the blocks: the first steps take minutes, the others less on a card
     cache_features: bool = False  # run the ViT once per photo and keep its tokens on disk; no augmentation then
     seed: int = 0  # of everything random
     precision: str = "auto"  # auto, fp32, bf16 or fp16
@@ -198,23 +199,16 @@ ONLY_IN = {
     "prompt": ("caption",), "condition": ("vqa",),
 }  # fmt: skip
 
-# When a run is resumed, these may differ from what it was started with; the last three change its numbers.
+# When a run is resumed, these may differ from what it was started with; the last four change its numbers.
 MAY_CHANGE = {
     "resume", "overwrite", "out", "workers", "log_every", "eval_every", "save_every", "keep",
-    "device", "precision", "lr",
+    "device", "precision", "compile", "lr",
 }  # fmt: skip
 AT_LEAST_1 = ("batch", "queries", "cross_every", "embed_dim", "save_every", "log_every", "keep")
 AT_LEAST_0 = (
-    "micro_batch",
-    "itc_batch",
-    "warmup",
-    "min_lr",
-    "weight_decay",
-    "negatives_ramp",
-    "val_photos",
-    "seed",
+    "micro_batch", "itc_batch", "warmup", "min_lr", "weight_decay", "negatives_ramp", "val_photos", "seed",
     "eval_every",
-)
+)  # fmt: skip
 TEMPERATURES = (0.001, 0.5)  # between which ITC's temperature is kept; the original's is free
 
 
@@ -541,8 +535,8 @@ def log_line(step: int, cfg: TrainConfig, row: dict, bounds: dict, eta: float) -
     temperature = f"temp {row['temperature']:.3f} | " if "itc" in bounds else ""
     return (
         f"step {step:{len(str(cfg.steps))}}/{cfg.steps} | {losses} | {temperature}"
-        f"lr {row['lr']:.1e} | norm {row['norm']:.1f} | {row['photos_per_s']:.0f} photos/s | "
-        f"{row['gigabytes']:.1f} GB | eta {clock(eta)}"
+        f"lr {row['lr']:.1e} | norm {row['norm']:.1f} | {row['photos_per_s']:.0f} photos/s, "
+        f"{row['waited']:.0%} waiting for them | {row['gigabytes']:.1f} GB | eta {clock(eta)}"
     )
 
 
@@ -714,6 +708,9 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     torch.manual_seed(cfg.seed + rank)  # from here on: dropout
     if resumed:
         best, trained_s = restore(folder, resumed, model, optimizer, scaler)
+    if cfg.compile:
+        model.compile_blocks()
+        say("compiling: the first steps take minutes")
     ddp = model
     if size > 1:  # all processes have the same weights already
         ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
@@ -727,12 +724,14 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     log = Log(run, start, asdict(cfg), f"{device}, {precision}")
     unreadable: dict[str, str] = {}  # photos, and why; of this process, since the last line of the log
     named: set[str] = set()  # those of all processes that have been told
-    pending, window_s = [], time.perf_counter()
+    pending, waited_s, window_s = [], 0.0, time.perf_counter()
 
     # --- the loop
     for step in range(start + 1, cfg.steps + 1):
         set_lr(optimizer, lr := lr_at(step, cfg))
+        asked = time.perf_counter()
         micro_batches = [next(batches).to(device) for _ in range(accumulate)]
+        waited_s += time.perf_counter() - asked
         losses, norm = optimize(ddp, optimizer, scaler, micro_batches, cfg, objectives, step)
         for batch in micro_batches:
             unreadable |= dict(batch.broken)
@@ -749,13 +748,18 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
         rows = read_numbers(pending, objectives, cfg, step, scaled=scaler.is_enabled())
         now = time.perf_counter()
         trained_s, window_s = trained_s + now - window_s, now - window_s
-        speed = len(rows) * cfg.batch / window_s
+        speed, waited = len(rows) * cfg.batch / window_s, waited_s / window_s
         for row in rows:
-            row |= {"photos_per_s": speed, "gigabytes": gigabytes_used(device), "trained_s": trained_s}
+            row |= {
+                "photos_per_s": speed,
+                "waited": waited,
+                "gigabytes": gigabytes_used(device),
+                "trained_s": trained_s,
+            }
         tell_unreadable(unreadable, named, len(photos))
         log.write(*rows)
         say(log_line(step, cfg, rows[-1], bounds, (cfg.steps - step) * cfg.batch / speed))
-        pending = []
+        pending, waited_s = [], 0.0
 
         # --- checkpoint and validation
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "trained_s": trained_s}
@@ -766,9 +770,10 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
             say(f"stopped at step {step}, saved; go on with: {launch} train.py --resume --out {run}")
             return None
         if validates:
-            result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
-            name, score = headline(result)
-            say(validation_lines(model, val, result, name, score, score > best))
+            with model.uncompiled():
+                result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
+                name, score = headline(result)
+                say(validation_lines(model, val, result, name, score, score > best))
             log.write({"step": step, "validation": result, name.replace(" ", "_"): score})
             if score > best:
                 best = score
@@ -785,7 +790,8 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     if (run / "best").exists():
         model.load_trained(run / "best")
     say(f"evaluating on {len(val):,} pictures")
-    result = evaluate(model, val, cfg.stage, objectives, workers)
+    with model.uncompiled():
+        result = evaluate(model, val, cfg.stage, objectives, workers)
     name, text = REPORTS[result["task"]]
     if rank == 0:
         write_result(run / name, result)

@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from data import make_llm_batch
+from blip2 import Blip2
+from data import UserError, make_llm_batch
 from losses import world
 
 
@@ -74,6 +75,24 @@ def test_the_command_line_measures_and_writes(what, tmp_path, capsys, monkeypatc
     assert numbers["largest difference of the results"] < 1e-3
     assert numbers["MFU, %"] > 0 and numbers["times as many FLOPs in transformers"] >= 1
     assert "beside transformers" in capsys.readouterr().out
+
+
+def test_it_measures_a_comparison_in_two_passes_and_what_compiling_gains(monkeypatch):
+    """With a compiler that does nothing: a real one takes minutes."""
+    monkeypatch.setattr(bench, "peak_flops", lambda device, dtype: 1e9)
+    compile_blocks = Blip2.compile_blocks
+    monkeypatch.setattr(Blip2, "compile_blocks", lambda self: compile_blocks(self, backend="eager"))
+    sizes = ["--vit", "assets/tiny/vit", "--bert", "assets/tiny/bert", "--image-size", "64", "--batch", "2"]
+    small = ["--queries", "4", "--warmup", "0", "--repeats", "1", "--precision", "fp32", "--dropout", "0"]
+    numbers = bench.main(["stage1", *sizes, *small, "--itc-batch", "4", "--compile"])["numbers"]
+    assert numbers["times as fast when compiled"] > 0 and numbers["part: frozen ViT, %"] > 0
+    assert numbers["photos a second"] == pytest.approx(4 / numbers["seconds"])
+
+
+@pytest.mark.parametrize("flags", [["generate", "--compile"], ["stage2", "--itc-batch", "8"]])
+def test_what_does_not_go_together_gets_a_sentence(flags):
+    with pytest.raises(UserError, match="leave it"):
+        bench.main(flags)
 
 
 def count_bytes(rank: int) -> None:

@@ -180,6 +180,38 @@ def test_recomputed_blocks_give_the_same_gradients(kind):
         torch.testing.assert_close(gradients[1][name], grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("kind", ["stage 1", "opt", "t5", "vqa"])
+def test_compiled_blocks_have_no_graph_break_and_the_same_gradients(kind):
+    """--compile, in each stage; here without the slow part, which makes machine code of the graphs. An evaluation in
+    between is not compiled."""
+    compiled, gradients = [], []
+    for compiles in (False, True):
+        if kind == "stage 1":
+            model, batch = small_model(), random_batch(4)
+        elif kind == "vqa":
+            model = asking_model("opt")
+            texts = QuestionTexts(model.llm_texts, model.template, model.texts)
+            batch = texts.batch(list(zip(QUESTIONS, ANSWERS)), [], [0, 1, 2], images=pictures(3))
+            model.unfreeze_vit()
+            model.vit.grad_checkpointing = True
+        else:
+            model = stage2_model(kind)
+            batch = model.llm_texts.batch(
+                [("", "a red star"), ("", "two circles")], [[0], [1]], [0, 1], images=pictures(2)
+            )
+        if compiles:
+            model.compile_blocks(backend=lambda graph, _: compiled.append(graph) or graph.forward, fullgraph=True)
+            with model.uncompiled():
+                model.encode_image(pictures(2))
+            assert not compiled
+        losses = model(batch, generator=torch.Generator().manual_seed(0)) if kind == "stage 1" else model(batch)
+        sum(losses.values()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert compiled
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_every_parameter_that_is_trained_has_a_gradient():
     """Else DistributedDataParallel would wait for it: with the question in the Q-Former and without."""
     for conditioned in (False, True):
