@@ -741,9 +741,9 @@ class TrainBatches(Dataset):
 
 
 class EvalPictures(Dataset):
-    """Rows of a photo set -> (the readable rows, {row: why not} of the others, uint8 pictures (n, 3, size, size))."""
+    """Rows of photos -> (the readable rows, {row: why not} of the others, uint8 pictures (n, 3, size, size))."""
 
-    def __init__(self, photos: Mixture, image_size: int):
+    def __init__(self, photos: "Mixture | PictureFiles", image_size: int):
         self.photos, self.image_size = photos, image_size
 
     def __len__(self) -> int:
@@ -758,6 +758,22 @@ class EvalPictures(Dataset):
             except UserError as error:
                 broken[row] = str(error)
         return readable, broken, torch.stack(pictures) if pictures else torch.empty(0)
+
+
+class PictureFiles:
+    """Pictures that no annotation file names, to be told of; what `picture_loader` takes."""
+
+    cached = None
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture, upright, RGB."""
+        return open_picture(self.paths[row])
 
 
 class StepSampler(Sampler):
@@ -841,7 +857,9 @@ def train_loader(batches: TrainBatches, sampler: StepSampler, workers: int, pin:
     )
 
 
-def picture_loader(photos: Mixture, image_size: int, batches: list[list[int]], workers: int = 0) -> DataLoader:
+def picture_loader(
+    photos: Mixture | PictureFiles, image_size: int, batches: list[list[int]], workers: int = 0
+) -> DataLoader:
     """`EvalPictures` of batches of rows, in order."""
     return DataLoader(
         EvalPictures(photos, image_size),

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,10 +35,12 @@ from blip2 import (
     local_device,
 )
 from data import (
+    PictureFiles,
     UserError,
     ask_in,
     open_photos,
     open_picture,
+    picture_loader,
     read_json,
     say_sentence,
 )
@@ -50,6 +53,8 @@ from tasks import (
     Kept,
     answering,
     captioning,
+    clock,
+    encoded_batches,
     gather_shards,
     retrieval,
     shard,
@@ -109,30 +114,34 @@ def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
     decoding = {"num_beams": args.beams}
     if args.max_new_tokens is not None:
         decoding["max_new_tokens"] = args.max_new_tokens
-    rows = []
-    for part in batches_of(paths, 16):
-        readable = {}
-        for name in part:
-            try:
-                readable[name] = open_picture(name)
-            except UserError as error:
-                if len(paths) == 1:
-                    raise
-                say(f"skipped: {error}")
+    rows, started = [], time.time()
+    batches = list(map(list, batches_of(range(len(paths)), PHOTOS)))
+    for readable, broken, pictures in picture_loader(PictureFiles(paths), model.image_size, batches, loaders(args)):
+        for reason in broken.values():
+            if len(paths) == 1:
+                raise UserError(reason)
+            say(f"skipped: {reason}")
         if not readable:
             continue
-        images = model.encode_image(list(readable.values()))
+        images = model.encode_image(pictures)
         if args.attention:
-            ((name, picture),) = readable.items()
-            attend_to(model, picture, args)
+            attend_to(model, open_picture(path), args)
         said = {} if args.question or args.prompt else {"caption": model.caption(images, **decoding)}
         if args.prompt:
             said[args.prompt] = model.ask(images, args.prompt, template="{}", **decoding)
         said |= {question: model.ask(images, question, **decoding) for question in questions}
-        for i, name in enumerate(readable):
-            say(f"{name}", *(f"  {asked}: {answers[i]}" for asked, answers in said.items()))
-            rows.append({"image": str(name), **{asked: answers[i] for asked, answers in said.items()}})
+        for i, row in enumerate(readable):
+            say(f"{paths[row]}", *(f"  {asked}: {answers[i]}" for asked, answers in said.items()))
+            rows.append({"image": str(paths[row]), **{asked: answers[i] for asked, answers in said.items()}})
+    if path.is_dir():
+        say(f"{len(rows):,} photos, {clock(time.time() - started)}, {len(rows) / (time.time() - started):.1f} a second")
     return rows
+
+
+def loaders(args: argparse.Namespace) -> int:
+    """How many processes open pictures: none for a single one."""
+    single = args.command == "ask" and not Path(args.image).is_dir()
+    return args.workers if args.workers is not None else 0 if single else min(8, os.cpu_count() or 1)
 
 
 def attend_to(model: Blip2, picture: Image.Image, args: argparse.Namespace) -> None:
@@ -169,12 +178,15 @@ def features(model: Blip2, args: argparse.Namespace) -> None:
     """
     paths = pictures_in(Path(args.images))
     texts = Path(args.texts).read_text(encoding="utf-8").splitlines() if args.texts else []
-    parts = [model.encode_image(batch) for batch in batches_of(paths[shard(len(paths))], PHOTOS)]
-    found = {}
+    batches = [list(rows) for rows in batches_of(range(len(paths))[shard(len(paths))], PHOTOS)]
+    encoded = encoded_batches(model, PictureFiles(paths), batches, loaders(args))
+    parts = [(images.query_out.cpu(), images.feats.cpu()) for images in encoded]
     Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
-    for name, field, shape in (("image_query_outputs", "query_out", (Q, D)), ("image_features", "feats", (Q, E))):
-        mine = [getattr(part, field) for part in parts] or [torch.empty(0, *shape, device=model.device)]
-        found[name] = gather_shards(torch.cat(mine), len(paths)).cpu()
+    nothing = (torch.empty(0, Q, D), torch.empty(0, Q, E))  # a process without a share
+    found = {
+        name: gather_shards(torch.cat(mine).to(model.device), len(paths)).cpu()
+        for name, mine in zip(("image_query_outputs", "image_features"), zip(nothing, *parts))
+    }
     if model.texts is None or model.llm is not None:
         del found["image_features"]  # nothing has trained its projection since stage 1, or ever
     if texts:
@@ -210,6 +222,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         p.add_argument("--image-size", type=int, help="of the pictures, if not that of the checkpoint")
         p.add_argument("--out", help="write the result here", required=command == "features")
+        if command != "answers":
+            p.add_argument("--workers", type=int, help="processes that decode photos; default up to 8")
         if command == "ask":
             p.add_argument("--image", default=PICTURE, help="a photo, or a folder of them")
             p.add_argument("--question", action="append", help="put into the run's template; may be repeated")
@@ -228,7 +242,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             p.add_argument("--preset", default=f"{command}-v1", choices=names, help=f"default {command}-v1")
             p.add_argument("--data", action="append", help="an annotation file, or shapes; default shapes")
             p.add_argument("--images", help="folder of the photos, if not beside the annotation file")
-            p.add_argument("--workers", type=int, default=0, help="processes that decode photos")
         if command in ("retrieval", "captions", "vqa", "answers"):
             p.add_argument("--split", help="of shapes and of Karpathy's files; default that of the preset")
         if command == "retrieval":
@@ -340,7 +353,7 @@ def run_preset(model: Blip2, args: argparse.Namespace, preset: dict, changed: di
     say(f"preset {args.preset}: " + ", ".join(f"{key} {value!r}" for key, value in resolved.items() if key != "task"))
     kept = Kept(partial_folder(args.out, said) if args.out else None)
     evaluate = {"retrieval": retrieval, "captions": captioning, "vqa": vqa}[args.command]
-    result = said | evaluate(model, photos, workers=args.workers, kept=kept, **how)
+    result = said | evaluate(model, photos, workers=loaders(args), kept=kept, **how)
     if getattr(args, "predictions", None) and world()[0] == 0:
         Path(args.predictions).write_text(json.dumps(result["predictions"]) + "\n")
     return result

@@ -31,6 +31,7 @@ from blip2 import (
 )
 from data import (
     Mixture,
+    PictureFiles,
     Shapes,
     UserError,
     ask_in,
@@ -261,7 +262,7 @@ def judge(model: Blip2, images: EncodedImages, texts: EncodedTexts, wanted: Tens
     return scores
 
 
-def encoded_batches(model: Blip2, photos: Mixture, batches: list[list[int]], workers: int):
+def encoded_batches(model: Blip2, photos: Mixture | PictureFiles, batches: list[list[int]], workers: int):
     """Features of some photos, batch by batch."""
     if photos.cached:
         for rows in batches:
