@@ -16,19 +16,21 @@ import os
 import re
 import sys
 import time
+from array import array
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import shapes
-from layouts import UserError, open_records, read_json
+from layouts import UserError, open_records, read_json, stream_records
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
 
@@ -57,13 +59,19 @@ def open_picture(path: str | Path) -> Image.Image:
     16-bit, grey, CMYK and palette pictures are converted, transparent parts become white, of an animation the first
     frame is taken, and the camera's rotation flag is obeyed.
     """
+    with opened(path) as picture:
+        return to_rgb(picture)
+
+
+@contextmanager
+def opened(path: str | Path):
+    """A picture of which only the header has been read. What goes wrong with it inside is a UserError."""
     try:
         picture = Image.open(path)
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise UserError(f"{path} has {width} x {height} pixels, expected at most {MAX_PIXELS:,}: resize it first")
-        picture.load()
-        return to_rgb(picture)
+        yield picture
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: check the name, and for photos of an annotation file the folder (--images)"
@@ -76,6 +84,7 @@ def open_picture(path: str | Path) -> Image.Image:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow picture -> RGB, upright, on white."""
+    picture.load()
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
@@ -101,8 +110,18 @@ def eval_transform(picture: Image.Image, size: int) -> Tensor:
 
 
 def train_transform(picture: Image.Image, size: int, rng: np.random.Generator, flip: bool) -> Tensor:
-    """Paper 3.4: random resized crop (0.5 to 1.0 of the area) and, if `flip`, a horizontal flip half of the time."""
-    box = random_crop(*picture.size, rng)
+    """Paper 3.4: random resized crop (0.5 to 1.0 of the area) and, if `flip`, a horizontal flip half of the time.
+
+    A JPEG that has not been decoded yet is decoded at a half, a quarter or an eighth of its size where that is enough.
+    """
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    width, height = picture.size[::-1] if turned else picture.size
+    left, top, right, bottom = random_crop(width, height, rng)
+    shrink = max(1.0, min(right - left, bottom - top) / size)
+    picture.draft(None, (int(picture.width / shrink), int(picture.height / shrink)))
+    picture = to_rgb(picture)
+    x, y = picture.width / width, picture.height / height  # 1, if it has not been shrunk
+    box = (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
     picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if flip and rng.random() < 0.5:
         picture = ImageOps.mirror(picture)
@@ -378,11 +397,13 @@ class Annotations:
         self.need_texts = need_texts and not questions  # else a photo without captions, or answers, may be told of
         self.path, self.folder, self.asks = Path(path), Path(images or Path(path).parent), questions
         self.texts, self.unanswered = 0, 0  # captions or questions of all photos; questions without an answer
-        lines = [json.dumps(record).encode() for record in self.check(read_records(self.path, split))]
-        self.offsets = np.cumsum([0] + [len(line) for line in lines])
-        self.bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)
+        content, offsets = bytearray(), array("q", [0])
+        for record in self.check(read_records(self.path, split)):
+            content += json.dumps(record).encode()
+            offsets.append(len(content))
+        self.bytes, self.offsets = np.frombuffer(content, np.uint8), np.frombuffer(offsets, np.int64)
 
-    def check(self, records: list[dict]):
+    def check(self, records):
         """Every record, its captions or answers as a list; UserError with the first bad ones."""
         what, problems = "answer" if self.asks else "caption", []
         needed = "question" if self.asks else "caption"
@@ -439,7 +460,8 @@ class Annotations:
         """The photo as a step of training sees it: a random crop, mirrored or not."""
         record = self.record(index)
         texts = [record["question"], *record["answer"]] if self.asks else record["caption"]
-        return train_transform(open_picture(self.folder / record["image"]), size, rng, not says_left_or_right(texts))
+        with opened(self.folder / record["image"]) as picture:
+            return train_transform(picture, size, rng, not says_left_or_right(texts))
 
     def content_sha256(self) -> str:
         """Of all records: which split of which data set it is."""
@@ -455,14 +477,14 @@ class Annotations:
         return digest.hexdigest()
 
 
-def read_records(path: Path, split: str) -> list[dict]:
+def read_records(path: Path, split: str):
     """The records of an annotation file of any layout in layouts.py; of Karpathy's those of the split."""
     if not path.is_file():
         raise UserError(
             f"--data {path} {'is a folder' if path.is_dir() else 'does not exist'}: "
             "expected a .json or .jsonl file, or the word shapes"
         )
-    return open_records(path, split)[1]
+    return stream_records(path, split)
 
 
 class Shapes(shapes.ShapesWorld):
@@ -792,7 +814,7 @@ class StepSampler(Sampler):
     ):
         self.photos, self.seed, self.steps, self.start = photos, seed, steps, start
         self.batch, self.accumulate, self.rank, self.world = batch, accumulate, rank, world
-        self.global_batch = batch * accumulate * world
+        self.global_batch, self.shuffled = batch * accumulate * world, (-1, None)
         self.per_epoch = len(photos) // photos.neighbours * photos.neighbours // self.global_batch
         if self.per_epoch == 0:
             raise UserError(
@@ -818,11 +840,11 @@ class StepSampler(Sampler):
 
     def window(self, epoch: int, window: int) -> list[list[tuple[int, int]]]:
         """The global batches of one window, in order, each of (position, index) pairs."""
-        rng = np.random.default_rng([self.seed, epoch])
-        together = self.photos.neighbours
-        order = rng.permutation(len(self.photos) // together)[:, None] * together + np.arange(together)
-        order = order.flatten()[: self.per_epoch * self.global_batch]
-        size = self.WINDOW * self.global_batch
+        together, size = self.photos.neighbours, self.WINDOW * self.global_batch
+        if self.shuffled[0] != epoch:  # of millions of photos it takes a second, so once
+            groups = np.random.default_rng([self.seed, epoch]).permutation(len(self.photos) // together)
+            self.shuffled = epoch, (groups[:, None] * together + np.arange(together)).flatten()
+        order = self.shuffled[1][: self.per_epoch * self.global_batch]
         chosen = order[window * size : (window + 1) * size]
         first = epoch * len(self.photos) + window * size
         samples = [(first + place, int(index)) for place, index in enumerate(chosen)]

@@ -13,6 +13,8 @@ import csv
 import json
 import os
 import re
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 
@@ -23,16 +25,23 @@ class UserError(Exception):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str:
-    """A text file, or a sentence about why not."""
+@contextmanager
+def reading(path: Path):
+    """What may happen to a text file is a sentence."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}): expected an annotation file, unpacked") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): expected an annotation file") from None
+
+
+def read_text(path: Path) -> str:
+    """A text file, without the mark that some editors put in front."""
+    with reading(path):
+        return Path(path).read_text(encoding="utf-8-sig")
 
 
 def read_json(path: Path):
@@ -45,18 +54,23 @@ def read_json(path: Path):
         ) from None
 
 
+def read_json_lines(path: Path):
+    """The values of a JSON lines file, one after another."""
+    try:
+        with reading(path), open(path, encoding="utf-8-sig", newline="\n") as file:
+            for line in file:
+                if line.strip():
+                    yield json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} has a line that is not JSON ({error}): expected one record a line") from None
+
+
 def read_content(path: Path):
     """What an annotation file holds: of .json and .jsonl the values, of any other file its text."""
     path = Path(path)
     if path.suffix == ".json":
         return read_json(path)
-    text = read_text(path)
-    if path.suffix != ".jsonl":
-        return text
-    try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would cut inside strings
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} has a line that is not JSON ({error}): expected one record a line") from None
+    return list(read_json_lines(path)) if path.suffix == ".jsonl" else read_text(path)
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -229,11 +243,13 @@ def genome_questions(content, path, split, answers):
 
 def plain(content, path, split, answers):
     """Records already, ours or LAVIS': only one caption or answer becomes a list of one, and VizWiz' answers ours."""
-    return [tidy(record) if isinstance(record, dict) else record for record in content]
+    return map(tidy, content)
 
 
-def tidy(record: dict) -> dict:
-    """One of them."""
+def tidy(record):
+    """One of them; what is no object stays as it is, to be told."""
+    if not isinstance(record, dict):
+        return record
     record = {("image_id" if key == "img_id" else key): value for key, value in record.items()}  # LAVIS' NoCaps
     if isinstance(record.get("caption"), str):
         record["caption"] = [record["caption"]]
@@ -297,6 +313,11 @@ LAYOUTS = {  # name: (does it fit, its records); the first that fits is taken
 }
 
 
+def layout_of(content) -> str | None:
+    """Its name."""
+    return next((name for name, (fits, _) in LAYOUTS.items() if content and fits(content)), None)
+
+
 def records_of(content, path: Path, split: str = "train", annotations=None) -> tuple[str, list[dict]]:
     """(name of the layout, records) of a file's content; `annotations`: that of VQA's second file, with the answers."""
     if isinstance(annotations, dict) and has(annotations.get("questions"), "question_id"):
@@ -308,7 +329,7 @@ def records_of(content, path: Path, split: str = "train", annotations=None) -> t
         raise UserError(
             f"{path} holds answers without their questions: type python data.py convert QUESTIONS {path} --out FILE"
         )
-    name = next((name for name, (fits, _) in LAYOUTS.items() if content and fits(content)), None)
+    name = layout_of(content)
     if name is None:
         raise UserError(f"{path} {describe(content)}, or one of the layouts {', '.join(list(LAYOUTS)[:-1])}")
     if annotations is not None and (LAYOUTS[name][1] is not vqa or not has(annotations, "annotations")):
@@ -317,7 +338,7 @@ def records_of(content, path: Path, split: str = "train", annotations=None) -> t
             "file, its *_annotations.json"
         )
     try:
-        records = LAYOUTS[name][1](content, path, split, annotations)
+        records = list(LAYOUTS[name][1](content, path, split, annotations))
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(
             f"{path} looks like {name}, but an entry is not as published ({type(error).__name__}: {error}): "
@@ -351,3 +372,12 @@ def describe(content) -> str:
 def open_records(path: Path, split: str = "train", annotations: Path | None = None) -> tuple[str, list[dict]]:
     """(name of the layout, records) of a file, or of VQA's two."""
     return records_of(read_content(path), path, split, None if annotations is None else read_content(annotations))
+
+
+def stream_records(path: Path, split: str = "train"):
+    """The records of a file. Lines that are records already come one by one, so that any number of them fits."""
+    lines = read_json_lines(path) if path.suffix == ".jsonl" else iter(())
+    first = list(islice(lines, 1))
+    if layout_of(first) == "a list of records":
+        return plain(chain(first, lines), path, split, None)
+    return open_records(path, split)[1]

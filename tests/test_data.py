@@ -23,6 +23,7 @@ from data import (
     pad,
     random_crop,
     says_left_or_right,
+    to_rgb,
     train_loader,
     train_transform,
 )
@@ -132,6 +133,8 @@ def test_a_photo_with_damaged_exif_is_a_photo(tmp_path):
     """Only its rotation is unknown."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF header")
     assert open_picture(tmp_path / "a.jpg").size == (8, 8)
+    (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption": "nothing"}]')
+    assert Annotations(tmp_path / "a.json").train_view(0, 4, np.random.default_rng(0)).shape == (3, 4, 4)
 
 
 def test_evaluation_squeezes_the_whole_picture_into_the_square():
@@ -160,6 +163,28 @@ def test_training_sees_the_crop_and_evaluation_the_whole():
         slope = 3 * (right - left) / 16
         expected = middle + slope * (torch.arange(16) - 7.5)
         assert (view[0, 8, 1:-1] - expected[1:-1]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("size", [32, 100, 200, 400])
+def test_a_large_jpeg_is_decoded_no_larger_than_needed(tmp_path, orientation, size):
+    """And training sees the same as of the whole picture, whichever way up the camera has stored it."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+        (1280, 960), Image.Resampling.BICUBIC
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    for seed in range(5):
+        whole = Image.open(tmp_path / "a.jpg")
+        whole.load()
+        lazy = Image.open(tmp_path / "a.jpg")
+        views = [train_transform(p, size, np.random.default_rng(seed), True).float() for p in (whole, lazy)]
+        assert (views[0] - views[1]).abs().mean() < 1.5
+        left, top, right, bottom = random_crop(*to_rgb(whole).size, np.random.default_rng(seed))
+        enough = min(right - left, bottom - top) / size
+        assert whole.width == 1280 and 1280 // lazy.width == max(n for n in (1, 2, 4, 8) if n <= max(1, enough))
 
 
 def test_half_of_the_pictures_are_mirrored_where_that_is_allowed():
