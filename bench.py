@@ -864,9 +864,12 @@ def grow(args: argparse.Namespace) -> dict:
             rows[size] = data_of(size, args)
         else:
             setattr(args, args.grow.replace("-", "_"), size)
-            work = WORKS[args.what](args)
-            rows[size] = {k: v for k, v in measure(work, args).items() if not k.startswith(("part", "sent"))}
-            del work
+            try:
+                numbers = measure(WORKS[args.what](args), args)
+            except torch.OutOfMemoryError:
+                say(f"{size:12,} does not fit into the card's memory")
+                break
+            rows[size] = {k: v for k, v in numbers.items() if not k.startswith(("part", "sent"))}
         if size == GROWTH[args.grow][0]:
             say(f"{args.grow:>12} " + " ".join(f"{name:>22.22}" for name in rows[size]))
         say(f"{size:12,} " + " ".join(f"{value:22,.4g}" for value in rows[size].values()))

@@ -145,6 +145,9 @@ def random_crop(width: int, height: int, rng: np.random.Generator) -> tuple[floa
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+NOTHING = re.compile(r'[\s.!"()*#:;~]*')  # of which `clean_caption` leaves nothing
+
+
 def clean_caption(caption: str, max_words: int = 50) -> str:
     """The original's caption cleaning: lower case, `. ! " ( ) * # : ; ~` to spaces, single spaces, at most 50 words."""
     caption = re.sub(r'[.!"()*#:;~]', " ", caption.lower())
@@ -416,7 +419,7 @@ class Annotations:
             texts = record.get(what, [])
             texts = texts if isinstance(texts, list) else [texts]
             empty = not texts and self.need_texts
-            if empty or not all(isinstance(text, str) and clean_caption(text) for text in texts):
+            if empty or not all(isinstance(text, str) and not NOTHING.fullmatch(text) for text in texts):
                 problems.append(f"record {number} ({record['image']}) has an empty {what}: write one, or take it out")
                 continue
             self.texts += 1 if self.asks else len(texts)
@@ -970,7 +973,7 @@ def text_problems(records: list[dict], texts: Texts | None, limit: int) -> dict[
         if not said:
             found.setdefault(f"without {'an answer' if asks else 'a caption'}", []).append(json.dumps(record))
         for text in said:
-            if not isinstance(text, str) or not clean_caption(text):
+            if not isinstance(text, str) or NOTHING.fullmatch(text):
                 found.setdefault("with an empty text", []).append(json.dumps(record))
         for text, ids in zip(read, texts.encode([str(text) for text in read]) if texts and read else []):
             if len(ids) > limit:
