@@ -51,6 +51,7 @@ from data import (
     Texts,
     TrainBatches,
     UserError,
+    cores,
     make_batch,
     make_llm_batch,
     open_photos,
@@ -62,7 +63,7 @@ from generate import generate
 from llm import OPTConfig, OPTDecoder, T5Config, T5Decoder
 from losses import say, start_processes, world
 from qformer import ImageKV, Prefix, QFormer, QFormerConfig, qformer_mask
-from train import build_optimizer, cores, gigabytes_used, keep_memory, optimize
+from train import build_optimizer, gigabytes_used, keep_memory, optimize
 from vit import ViTConfig
 
 TINY = Path(__file__).parent / "assets/tiny"
@@ -699,7 +700,7 @@ def gain_of_compiling(work: Work, args: argparse.Namespace) -> dict:
     """The same run with compiled blocks and without, in turns."""
     work.model.compile_blocks()
     first = seconds(work.run, args.device)
-    work.run()  # sizes that change from run to run get a second graph
+    work.run()
     pairs = []
     for _ in range(args.repeats):
         with work.model.uncompiled():
@@ -916,14 +917,20 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"--compile is of training, {args.what} is not compiled: leave it out")
     if args.itc_batch and (args.what != "stage1" or args.vs):
         raise UserError("--itc-batch is of stage1, and nothing that transformers does: leave it or --vs out")
+    if args.grow and (args.compile or args.vs or args.itc_batch):
+        raise UserError("--grow measures plain runs of growing sizes: leave --compile, --vs and --itc-batch out")
     start_processes()
     args.device = local_device(args.device)
     args.precision = choose_precision(args.device, args.precision)[0]
     args.batch = args.batch or BATCHES.get(args.what, 16)
+    if args.itc_batch % (args.batch * world()[1]):
+        raise UserError(
+            f"--itc-batch {args.itc_batch} is not made of batches of {args.batch * world()[1]}: pass a multiple"
+        )
     if args.device.type == "cpu":
         keep_memory()
         if world()[1] > 1:
-            torch.set_num_threads(max(1, cores()))
+            torch.set_num_threads(cores())
     elif args.device.type == "cuda" and args.precision == "fp32":
         torch.backends.cuda.matmul.allow_tf32 = False
     machine = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.processor() or 'CPU'}"

@@ -100,7 +100,7 @@ class Compared(NamedTuple):
     """A micro-batch of several that `Blip2.compare` has compared with each other; what its second pass needs."""
 
     seed: int  # of its dropout
-    image_tokens: Tensor  # (B, P, V), its own
+    image_tokens: Tensor  # (B, P, V), its own, of `all_tokens`
     itc_value: Tensor  # its share of ITC
     feats_grad: Tensor  # (B, Q+1, E), the gradient of ITC at its features
     temperature_grad: Tensor  # its share of that at the temperature
@@ -570,9 +570,9 @@ class Blip2(nn.Module):
         """The losses of paper 3.2 on one batch; their sum is what stage 1 minimises.
 
         totals: from `stage1_totals`, what each loss is divided by; by default this batch over all processes.
-        generator: of the hard negatives' draw; the same on all processes.
+        generator: of the hard negatives' draw, on the CPU; the same on all processes.
         hardness: 1 draws ITM's negatives by their similarity (the paper), 0 draws any, between is between.
-        compared: from `compare`, where ITC compares the batch with more than itself; takes the place of the last two.
+        compared: from `compare`, where ITC compares the batch with more than itself; it has the negatives too.
         """
         if totals is None:
             totals = stage1_totals([batch])
@@ -621,6 +621,7 @@ class Blip2(nn.Module):
         In two passes (GradCache, Gao et al., 2021). The first, here, keeps the features only, and finds the gradient of
         ITC at each of them; the second, `stage1_losses`, runs each micro-batch again and hands that gradient on. So
         losses, gradients and hard negatives are those of one big batch. The frozen ViT runs once: its tokens are kept.
+        For generator and hardness see there.
         """
         A, B, (rank, size) = len(batches), len(batches[0]), world()
         seeds, all_tokens, feats = torch.randint(2**62, (A,)).tolist(), None, []

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -35,7 +36,7 @@ from layouts import UserError, open_records, read_json, stream_records
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
 
 MAX_PIXELS = 100_000_000  # a photo above this is taken for a mistake or an attack
-Image.MAX_IMAGE_PIXELS = None  # the check is ours, in `open_picture`, with a message of our own
+Image.MAX_IMAGE_PIXELS = None  # the check is ours, in `opened`, with a message of our own
 BROKEN_SHARE = 0.01  # above this share of unreadable photos a run stops
 
 
@@ -65,7 +66,7 @@ def open_picture(path: str | Path) -> Image.Image:
 
 @contextmanager
 def opened(path: str | Path):
-    """A picture of which only the header has been read. What goes wrong with it inside is a UserError."""
+    """A picture of which only the header has been read. That it cannot be read inside is a UserError."""
     try:
         picture = Image.open(path)
         width, height = picture.size
@@ -109,27 +110,37 @@ def eval_transform(picture: Image.Image, size: int) -> Tensor:
     return to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def train_transform(picture: Image.Image, size: int, rng: np.random.Generator, flip: bool) -> Tensor:
-    """Paper 3.4: random resized crop (0.5 to 1.0 of the area) and, if `flip`, a horizontal flip half of the time.
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-    A JPEG that has not been decoded yet is decoded at a half, a quarter or an eighth of its size where that is enough.
+
+def decode_crop(picture: Image.Image, size: int, rng: np.random.Generator) -> tuple[Image.Image, Box]:
+    """Paper 3.4: a random crop, of 0.5 to 1.0 of the area -> the upright RGB picture, and the crop in its pixels.
+
+    A JPEG that has not been decoded yet is decoded at a half, a quarter or an eighth of its size, where the crop still
+    has `size` pixels a side then.
     """
-    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    if not isinstance(picture, JpegImageFile):
+        picture = to_rgb(picture)
+    turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
     width, height = picture.size[::-1] if turned else picture.size
     left, top, right, bottom = random_crop(width, height, rng)
     shrink = max(1.0, min(right - left, bottom - top) / size)
     picture.draft(None, (int(picture.width / shrink), int(picture.height / shrink)))
     picture = to_rgb(picture)
     x, y = picture.width / width, picture.height / height  # 1, if it has not been shrunk
-    box = (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
+    return picture, (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
+
+
+def train_transform(picture: Image.Image, box: Box, size: int, rng: np.random.Generator, flip: bool) -> Tensor:
+    """What `decode_crop` gives, resized, and if `flip` mirrored half of the time -> uint8 (3, size, size)."""
     picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if flip and rng.random() < 0.5:
         picture = ImageOps.mirror(picture)
     return to_tensor(picture)
 
 
-def random_crop(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of 0.5 to 1.0 of the area with an aspect ratio of 3/4 to 4/3."""
+def random_crop(width: int, height: int, rng: np.random.Generator) -> Box:
+    """0.5 to 1.0 of the area with an aspect ratio of 3/4 to 4/3."""
     for _ in range(10):
         area = width * height * rng.uniform(0.5, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -464,7 +475,8 @@ class Annotations:
         record = self.record(index)
         texts = [record["question"], *record["answer"]] if self.asks else record["caption"]
         with opened(self.folder / record["image"]) as picture:
-            return train_transform(picture, size, rng, not says_left_or_right(texts))
+            crop = decode_crop(picture, size, rng)
+        return train_transform(*crop, size, rng, not says_left_or_right(texts))
 
     def content_sha256(self) -> str:
         """Of all records: which split of which data set it is."""
@@ -786,7 +798,7 @@ class EvalPictures(Dataset):
 
 
 class PictureFiles:
-    """Pictures that no annotation file names, to be told of; what `picture_loader` takes."""
+    """The pictures of a folder, for `picture_loader`."""
 
     cached = None
 
@@ -868,6 +880,16 @@ class StepSampler(Sampler):
 def as_it_is(batch):
     """The loaders' collate: the data sets have made the batch already."""
     return batch
+
+
+def cores() -> int:
+    """Of this machine, the share of each of its processes."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def decoding_workers() -> int:
+    """How many processes are worth starting to decode photos."""
+    return min(8, max(1, cores() - 1))
 
 
 def train_loader(batches: TrainBatches, sampler: StepSampler, workers: int, pin: bool) -> DataLoader:

@@ -38,6 +38,7 @@ from data import (
     PictureFiles,
     UserError,
     ask_in,
+    decoding_workers,
     open_photos,
     open_picture,
     picture_loader,
@@ -139,9 +140,11 @@ def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
 
 
 def loaders(args: argparse.Namespace) -> int:
-    """How many processes open pictures: none for a single one."""
+    """How many processes open pictures: none for a single one, and for the shapes world, which draws as fast."""
+    if args.workers is not None:
+        return args.workers
     single = args.command == "ask" and not Path(args.image).is_dir()
-    return args.workers if args.workers is not None else 0 if single else min(8, os.cpu_count() or 1)
+    return 0 if single or (getattr(args, "data", "photos") or ["shapes"]) == ["shapes"] else decoding_workers()
 
 
 def attend_to(model: Blip2, picture: Image.Image, args: argparse.Namespace) -> None:

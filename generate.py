@@ -53,7 +53,8 @@ class KVCache:
                 own = x[:, :, :, self.in_common : self.length]
                 own.copy_(own.index_select(1, rows))
         else:
-            self.in_common = self.length if len(rows) > self.k.shape[1] else self.in_common
+            if len(rows) > self.k.shape[1] and not self.in_common:
+                self.in_common = self.length
             self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
 
 

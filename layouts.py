@@ -56,13 +56,15 @@ def read_json(path: Path):
 
 def read_json_lines(path: Path):
     """The values of a JSON lines file, one after another."""
-    try:
-        with reading(path), open(path, encoding="utf-8-sig", newline="\n") as file:
-            for line in file:
+    with reading(path), open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            try:
                 if line.strip():
                     yield json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} has a line that is not JSON ({error}): expected one record a line") from None
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}: line {number} is not JSON ({error.msg}): expected one record a line"
+                ) from None
 
 
 def read_content(path: Path):
@@ -318,6 +320,18 @@ def layout_of(content) -> str | None:
     return next((name for name, (fits, _) in LAYOUTS.items() if content and fits(content)), None)
 
 
+@contextmanager
+def as_published(path: Path, name: str):
+    """An entry that is not, inside, is a sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{path} looks like {name}, but an entry is not as published ({type(error).__name__}: {error}): "
+            "download the file again"
+        ) from None
+
+
 def records_of(content, path: Path, split: str = "train", annotations=None) -> tuple[str, list[dict]]:
     """(name of the layout, records) of a file's content; `annotations`: that of VQA's second file, with the answers."""
     if isinstance(annotations, dict) and has(annotations.get("questions"), "question_id"):
@@ -337,13 +351,8 @@ def records_of(content, path: Path, split: str = "train", annotations=None) -> t
             f"{path} ({name}) and a second file do not belong together: only VQA's *_questions.json goes with a second "
             "file, its *_annotations.json"
         )
-    try:
+    with as_published(path, name):
         records = list(LAYOUTS[name][1](content, path, split, annotations))
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(
-            f"{path} looks like {name}, but an entry is not as published ({type(error).__name__}: {error}): "
-            "download the file again"
-        ) from None
     if not records:
         raise UserError(f"{path} ({name}) has no record: expected at least one")
     return name, records
@@ -375,9 +384,12 @@ def open_records(path: Path, split: str = "train", annotations: Path | None = No
 
 
 def stream_records(path: Path, split: str = "train"):
-    """The records of a file. Lines that are records already come one by one, so that any number of them fits."""
+    """The records of a file, one after another. Of JSON lines that are records already only one is in memory at a time,
+    so that any number of them fits."""
     lines = read_json_lines(path) if path.suffix == ".jsonl" else iter(())
     first = list(islice(lines, 1))
     if layout_of(first) == "a list of records":
-        return plain(chain(first, lines), path, split, None)
-    return open_records(path, split)[1]
+        with as_published(path, "a list of records"):
+            yield from plain(chain(first, lines), path, split, None)
+    else:
+        yield from open_records(path, split)[1]

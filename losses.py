@@ -8,7 +8,8 @@
 Every loss is a sum over this process's rows divided by `total`, the number of rows in the whole step: over all
 processes and all micro-batches of an accumulated step. So what the processes have adds up to the loss of the one big
 batch, and so do their gradients (tests/test_distributed.py); micro-batches too, except that each finds its candidates
-and negatives in itself. Without `total` a loss is the mean over the rows given.
+and negatives in itself, if they are not compared with each other (`Blip2.compare`). Without `total` a loss is the mean
+over the rows given.
 
 Similarities, softmax and cross-entropy are computed in fp32 whatever the model ran in.
 Letters: B rows of this process, N rows of all processes, Q queries, E shared embedding, W vocabulary.

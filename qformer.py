@@ -80,14 +80,14 @@ def qformer_mask(kind: str, text_mask: Tensor, num_queries: int) -> Tensor:
 
 def drop(x: Tensor, p: float) -> Tensor:
     """Dropout: each element is 0 with probability p, and the others grow by 1 / (1 - p)."""
-    if x.is_cuda or not p or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or not p or torch.compiler.is_compiling():
         return F.dropout(x, p)
     # On CPU the random numbers are what costs: PyTorch draws 64 bits for each element, and 16 are enough. A comparison,
     # which makes bools, costs twice as much as clamping to the two numbers around the threshold.
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    below = round(p * 2**16) - 2**15 - 1  # the highest of the numbers that mean 0
+    below = min(max(round(p * 2**16), 1), 2**16 - 1) - 2**15 - 1  # the highest of the numbers that mean 0
     kept = bits[: x.numel()].view(x.shape).clamp_(below, below + 1).sub_(below)
-    return x * kept.to(x.dtype).mul_(1 / (1 - p))
+    return (x * (1 / (1 - p))) * kept.to(x.dtype)
 
 
 def attend(

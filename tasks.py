@@ -270,7 +270,7 @@ def encoded_batches(model: Blip2, photos: Mixture | PictureFiles, batches: list[
     else:
         for _, broken, pictures in picture_loader(photos, model.image_size, batches, workers):
             for reason in broken.values():  # to leave a photo out would make the numbers incomparable
-                raise UserError(f"evaluation needs every photo: {reason}")
+                raise UserError(f"every photo is needed here, and {reason}")
             yield model.encode_image(pictures)
 
 

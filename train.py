@@ -18,7 +18,7 @@ What a run writes, runs/stage1/, runs/stage2/, runs/caption/, runs/vqa/ or runs/
 
 One process or many, CPU, CUDA or MPS: the same lines. The total batch is fixed by --batch; spreading it over processes
 changes the speed only. Micro-batches change what ITC compares and where ITM's negatives come from, because a
-micro-batch sees itself only; the data of a step stay the same.
+micro-batch sees itself only, unless --itc-batch compares several; the data of a step stay the same.
 """
 
 import argparse
@@ -67,6 +67,8 @@ from data import (
     Texts,
     TrainBatches,
     UserError,
+    cores,
+    decoding_workers,
     open_photos,
     picture_loader,
     read_json,
@@ -512,10 +514,11 @@ def memory_line(model: Blip2, micro_batch: int, objectives: tuple[str, ...], com
     return f"expected memory of a process {sum(memory.values()) / 1e9:.1f} GB ({parts})"
 
 
-def negatives_line(texts: int, batch: int) -> str:
+def negatives_line(texts: int, batch: int, can_compare: bool) -> str:
     """With how many texts ITC compares a picture."""
     line = f"a picture is compared with {texts} texts at once: its own and {texts - 1} negatives"
-    return f"{line}; accumulating {batch // texts} of these adds none (--itc-batch does)" if batch > texts else line
+    more = f"; accumulating {batch // texts} of these adds none{' (--itc-batch does)' if can_compare else ''}"
+    return line + (more if batch > texts else "")
 
 
 def loss_bounds(objectives: tuple[str, ...], texts: int, words: int) -> dict[str, tuple[float, float]]:
@@ -673,7 +676,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     if device.type == "cpu":
         keep_memory()
         if size > 1:  # torchrun gives each process one thread; PyTorch or OMP_NUM_THREADS chooses those of a single one
-            torch.set_num_threads(max(1, cores()))
+            torch.set_num_threads(cores())
     precision, why = choose_precision(device, cfg.precision)
     micro_batch = cfg.micro_batch or cfg.batch // size
     accumulate = cfg.batch // size // micro_batch
@@ -686,7 +689,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     if model.trains_vit:
         say(vit_rates_line(model, cfg))
     if "itc" in objectives:
-        say(negatives_line(cfg.itc_batch or micro_batch * size, cfg.batch))
+        say(negatives_line(cfg.itc_batch or micro_batch * size, cfg.batch, not model.trains_vit))
 
     # --- data
     photos, val = open_data(cfg, model, run)
@@ -813,9 +816,9 @@ def optimize(
     generator, parts = torch.Generator(), []  # of the hard negatives
     for first in range(0, len(micro_batches), compares):
         group = micro_batches[first : first + compares]
-        generator.manual_seed(hash((cfg.seed, step, first)))
+        generator.manual_seed(hash((cfg.seed, step, first // compares)))
         draw = (generator, hardness_at(step, cfg))
-        compared = model.compare(group, totals, *draw) if compares > 1 else [None]
+        compared = model.compare(group, totals, *draw) if compares > 1 else [None] * len(group)
         for number, batch in enumerate(group, start=first):
             is_last = number == len(micro_batches) - 1
             with nullcontext() if is_last or size == 1 else ddp.no_sync():
@@ -825,6 +828,7 @@ def optimize(
                     losses = ddp(batch, objectives, totals, *draw, compared[number - first])
                 scaler.scale(sum(losses.values()) * size).backward()  # DDP takes the mean over the processes
             parts.append(torch.stack([losses[name].detach() for name in objectives]))
+        del compared  # the tokens of a group, before those of the next come
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     scaler.step(optimizer)
@@ -880,16 +884,11 @@ class Log:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def cores() -> int:
-    """Of this machine, the share of each of its processes."""
-    return (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def loader_workers(cfg: TrainConfig, cached: bool = False) -> int:
     """How many processes load pictures: those to decode keep workers busy, drawn shapes and cached features do not."""
     if cfg.workers >= 0:
         return cfg.workers
-    return 0 if cached or cfg.data == ["shapes"] else min(8, max(1, cores() - 1))
+    return 0 if cached or cfg.data == ["shapes"] else decoding_workers()
 
 
 def begin(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, None, None]:

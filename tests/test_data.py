@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from data import (
     TrainBatches,
     UserError,
     clean_caption,
+    decode_crop,
     eval_transform,
     make_batch,
     open_photos,
@@ -131,10 +133,24 @@ def test_the_cameras_rotation_is_obeyed(tmp_path):
 
 def test_a_photo_with_damaged_exif_is_a_photo(tmp_path):
     """Only its rotation is unknown."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF header")
-    assert open_picture(tmp_path / "a.jpg").size == (8, 8)
-    (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption": "nothing"}]')
-    assert Annotations(tmp_path / "a.json").train_view(0, 4, np.random.default_rng(0)).shape == (3, 4, 4)
+    odd = b"Exif\0\0" + struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x0112, 7, 1, 6, 0)  # a rotation of an odd type
+    for damaged in (b"Exif\0\0no TIFF header", odd):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=damaged)
+        assert open_picture(tmp_path / "a.jpg").size == (8, 8)
+        (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption": "nothing"}]')
+        assert Annotations(tmp_path / "a.json").train_view(0, 4, np.random.default_rng(0)).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
+def test_training_crops_a_turned_picture_as_if_it_stood_upright(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (800, 200)).save(tmp_path / f"turned.{kind}", exif=exif)
+    crops = [
+        decode_crop(picture, 200, np.random.default_rng(0))
+        for picture in (Image.open(tmp_path / f"turned.{kind}"), Image.new("RGB", (200, 800)))
+    ]
+    assert crops[0][0].size == crops[1][0].size == (200, 800) and crops[0][1] == crops[1][1]
 
 
 def test_evaluation_squeezes_the_whole_picture_into_the_square():
@@ -154,11 +170,16 @@ def test_crops_have_half_to_all_of_the_area_and_a_sane_shape(size):
             assert 0.5 - 1e-6 <= (right - left) * (bottom - top) / (size[0] * size[1]) <= 1
 
 
+def train_view(picture, size, seed, flip):
+    rng = np.random.default_rng(seed)
+    return train_transform(*decode_crop(picture, size, rng), size, rng, flip)
+
+
 def test_training_sees_the_crop_and_evaluation_the_whole():
     ramp = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, axis=0).repeat(3, axis=2))
     for seed in range(20):
         left, _, right, _ = random_crop(64, 64, np.random.default_rng(seed))
-        view = train_transform(ramp, 16, np.random.default_rng(seed), flip=False)
+        view = train_view(ramp, 16, seed, flip=False)
         middle = 3 * ((left + right) / 2 - 0.5)  # pixel x is centred on x + 0.5 and has brightness 3 x
         slope = 3 * (right - left) / 16
         expected = middle + slope * (torch.arange(16) - 7.5)
@@ -180,7 +201,7 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed(tmp_path, orientation, si
         whole = Image.open(tmp_path / "a.jpg")
         whole.load()
         lazy = Image.open(tmp_path / "a.jpg")
-        views = [train_transform(p, size, np.random.default_rng(seed), True).float() for p in (whole, lazy)]
+        views = [train_view(p, size, seed, True).float() for p in (whole, lazy)]
         assert (views[0] - views[1]).abs().mean() < 1.5
         left, top, right, bottom = random_crop(*to_rgb(whole).size, np.random.default_rng(seed))
         enough = min(right - left, bottom - top) / size
@@ -192,7 +213,7 @@ def test_half_of_the_pictures_are_mirrored_where_that_is_allowed():
     falling = {
         flip: sum(
             int(view[0, 0, 0]) > int(view[0, 0, -1])
-            for view in (train_transform(ramp, 16, np.random.default_rng(seed), flip) for seed in range(200))
+            for view in (train_view(ramp, 16, seed, flip) for seed in range(200))
         )
         for flip in (True, False)
     }

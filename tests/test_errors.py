@@ -101,7 +101,7 @@ def test_evaluation_needs_every_photo(tmp_path, capsys):
     said = complaint(
         evaluation.main, capsys, "retrieval", "--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "a.json")
     )
-    assert "evaluation needs every photo" in said and "1.png does not exist" in said
+    assert "every photo is needed here, and" in said and "1.png does not exist" in said
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):

@@ -220,6 +220,9 @@ def test_when_beams_change_places_only_what_follows_the_prompt_moves():
         [20, 21, 5],
         [20, 21, 3],
     ]
+    cache.select(torch.arange(6).repeat_interleave(2))  # more beams: what they wrote is not theirs in common
+    assert cache.in_common == 2
+    cache.select(torch.arange(0, 12, 2))
     cache.select(torch.tensor([4, 3, 5]))  # the first image has finished
     assert (
         cache.k[0, :, 0, :3, 0].tolist() == cache.v[0, :, 0, :3, 0].tolist() == [[20, 21, 5], [20, 21, 5], [20, 21, 3]]

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import data
+import layouts
 from data import Annotations, UserError
 from layouts import open_records
 
@@ -201,3 +202,20 @@ def test_check_tells_what_is_wrong_before_a_long_run(tmp_path, capsys):
     ):  # fmt: skip
         assert line in out, line
     assert checked(val, capsys=capsys) == (0, f"{val}: a list of records, 1 records, 1 photos in {tmp_path}\nfine\n")
+
+
+def test_lines_come_one_by_one_and_mean_what_the_whole_file_means(tmp_path, monkeypatch):
+    """Of JSON lines with records of ours not all are in memory; other layouts, and what is wrong, are told as ever."""
+    good = [{"image": "a.jpg", "caption": "one"}, {"image": "b.jpg", "caption": ["two"], "img_id": 5}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, good)))
+    assert list(layouts.stream_records(path)) == layouts.open_records(path)[1]
+    monkeypatch.setattr(layouts, "read_content", None)  # which reads a file whole
+    assert len(list(layouts.stream_records(path))) == 2
+    bad = {"image": "a.jpg", "question": "q", "answers": [{"confidence": "yes"}]}
+    path.write_text("\n".join(map(json.dumps, [*good, bad])))
+    with pytest.raises(UserError, match="looks like a list of records, but an entry is not as published"):
+        list(layouts.stream_records(path))
+    path.write_text('{"image": "a.jpg", "caption": "one"}\n\n{"image": oops}\n')
+    with pytest.raises(UserError, match="line 3 is not JSON"):
+        list(layouts.stream_records(path))

@@ -162,3 +162,16 @@ def test_text_side_is_bert(with_head):
             torch.testing.assert_close(logits[mask][:, :-1], out.logits[mask], rtol=0, atol=1e-5)
         else:
             torch.testing.assert_close(hidden[mask], out.last_hidden_state[mask], rtol=0, atol=1e-5)
+
+
+def test_dropout_grows_what_it_keeps_without_a_bias_in_half_precision():
+    """The factor itself is not rounded to bf16, which would shrink everything by 0.16 % at every layer."""
+    x = 1 + torch.rand(1000, 1000).bfloat16()
+    y = drop(x, 0.1)
+    assert (y.double().sum() / x[y > 0].double().sum()).item() == pytest.approx(1 / 0.9, rel=2e-4)
+
+
+@pytest.mark.parametrize(("p", "share"), [(1e-7, 2**-16), (1 - 1e-7, 1 - 2**-16)])
+def test_the_smallest_and_the_largest_dropout_are_a_65536th_from_none_and_all(p, share):
+    dropped = (drop(torch.ones(2**22), p) == 0).double().mean().item()
+    assert abs(dropped - share) < 2**-18
