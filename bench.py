@@ -905,7 +905,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed runs")
     parser.add_argument("--checkpoint", help="load: its folder (default: random weights)")
     parser.add_argument("--data", help="data: an annotation file (default: noise)")
-    parser.add_argument("--images", help="data: folder of the photos")
+    parser.add_argument("--images", action="append", help="data: folder of the photos")
     parser.add_argument("--json", help="write the numbers to this file")
     return parser.parse_args(argv)
 

@@ -842,7 +842,7 @@ class Blip2(nn.Module):
                 longest = -(-int(lengths[chunk[-1]]) // 8) * 8  # as `pad` rounds
                 text, real = (t[text_rows[chunk], :longest].to(self.device) for t in (ids, mask))
                 with self.autocast():
-                    kv = [(k[rows], v[rows]) for k, v in image_kv]
+                    kv = ((k[rows], v[rows]) for k, v in image_kv)  # copied for one block at a time
                     query_out = self.qformer.encode_pairs(text, real, kv)
                 yield chunk.to(self.device), query_out
 

@@ -375,6 +375,8 @@ def ask_in(template: str, turns) -> str:
     With the template "Question: {} Answer:", the turns ("what is it?", "a dog") and "what color?" become
     "Question: what is it? Answer: a dog. Question: what color? Answer:".
     """
+    if "{}" not in template:
+        raise UserError(f"got the template {template!r}, expected {{}} in it, where the question goes")
     *past, question = [turns] if isinstance(turns, str) else turns
     said = [f"{template.replace('{}', asked)} {answer.rstrip('.')}." for asked, answer in past]
     return " ".join([*said, template.replace("{}", question)])
@@ -394,8 +396,8 @@ class Annotations:
             or what data sets publish, see layouts.py
     .jsonl: one such record a line
 
-    Photos are looked for in `images`, by default the file's own folder. All records are checked at once; afterwards
-    they are kept as one block of bytes, which the loader's workers share instead of copying.
+    Photos are looked for in the folders `images`, in turn, by default in the file's own. All records are checked at
+    once; afterwards they are kept as one block of bytes, which the loader's workers share instead of copying.
     """
 
     neighbours = 1  # every photo stands for itself
@@ -404,15 +406,16 @@ class Annotations:
         self,
         path: str | Path,
         split: str = "train",
-        images: str | Path | None = None,
+        images: list[str] | None = None,
         questions: bool = False,
         need_texts: bool = True,
     ):
         self.need_texts = need_texts and not questions  # else a photo without captions, or answers, may be told of
-        self.path, self.folder, self.asks = Path(path), Path(images or Path(path).parent), questions
+        self.path, self.folders, self.asks = Path(path), [Path(f) for f in images or [Path(path).parent]], questions
         self.texts, self.unanswered = 0, 0  # captions or questions of all photos; questions without an answer
+        check_annotations(self.path)
         content, offsets = bytearray(), array("q", [0])
-        for record in self.check(read_records(self.path, split)):
+        for record in self.check(stream_records(self.path, split)):
             content += json.dumps(record).encode()
             offsets.append(len(content))
         self.bytes, self.offsets = np.frombuffer(content, np.uint8), np.frombuffer(offsets, np.int64)
@@ -464,7 +467,7 @@ class Annotations:
 
     def name(self, index: int) -> str:
         """The photo's path."""
-        return str(self.folder / self.record(index)["image"])
+        return str(find_file(self.folders, self.record(index)["image"]))
 
     def picture(self, index: int) -> Image.Image:
         """The photo, upright, RGB."""
@@ -474,7 +477,7 @@ class Annotations:
         """The photo as a step of training sees it: a random crop, mirrored or not."""
         record = self.record(index)
         texts = [record["question"], *record["answer"]] if self.asks else record["caption"]
-        with opened(self.folder / record["image"]) as picture:
+        with opened(find_file(self.folders, record["image"])) as picture:
             crop = decode_crop(picture, size, rng)
         return train_transform(*crop, size, rng, not says_left_or_right(texts))
 
@@ -492,14 +495,21 @@ class Annotations:
         return digest.hexdigest()
 
 
-def read_records(path: Path, split: str):
-    """The records of an annotation file of any layout in layouts.py; of Karpathy's those of the split."""
-    if not path.is_file():
+def find_file(folders: list[Path], name: str) -> Path:
+    """In the first of the folders that has it; else where it was expected."""
+    for folder in folders[:-1]:
+        if (folder / name).exists():
+            return folder / name
+    return folders[-1] / name
+
+
+def check_annotations(spec: str | Path, flag: str = "data") -> None:
+    """Refuse what is neither the shapes world nor a file."""
+    if spec != "shapes" and not Path(spec).is_file():
         raise UserError(
-            f"--data {path} {'is a folder' if path.is_dir() else 'does not exist'}: "
+            f"--{flag} {spec} {'is a folder' if Path(spec).is_dir() else 'does not exist'}: "
             "expected a .json or .jsonl file, or the word shapes"
         )
-    return stream_records(path, split)
 
 
 class Shapes(shapes.ShapesWorld):
@@ -643,7 +653,7 @@ def open_photos(
     specs: list[str],
     split: str,
     image_size: int,
-    images: str | None = None,
+    images: list[str] | None = None,
     questions: bool = False,
     need_texts: bool = True,
 ) -> Mixture:
@@ -947,13 +957,16 @@ def check(args: argparse.Namespace) -> None:
     """
     problems: dict[str, list[str]] = {}
     texts = Texts(args.bert, 10**6) if args.bert else None
+    if texts is None:
+        print("the lengths of texts are not checked: add --bert FOLDER to see which are cut")
     photos_of: list[dict[str, str]] = []  # of each file: photo -> hash of its content
     for file in map(Path, args.annotations):
         name, records = open_records(file, args.split)
-        folder = Path(args.images or file.parent)
+        folders = [Path(folder) for folder in args.images or [file.parent]]
         records = [record for record in records if isinstance(record, dict) and isinstance(record.get("image"), str)]
-        paths = list(dict.fromkeys(str(folder / record["image"]) for record in records))
-        print(f"{file}: {name}, {len(records):,} records, {len(paths):,} photos in {folder}", flush=True)
+        paths = list(dict.fromkeys(str(find_file(folders, record["image"])) for record in records))
+        where = ", ".join(map(str, folders))
+        print(f"{file}: {name}, {len(records):,} records, {len(paths):,} photos in {where}", flush=True)
         problems |= {
             f"{file}: {kind}": rows for kind, rows in text_problems(records, texts, args.max_text_tokens).items()
         }
@@ -987,12 +1000,15 @@ def text_problems(records: list[dict], texts: Texts | None, limit: int) -> dict[
     """What is wrong with the texts of some records, by kind; `limit` is that of their tokens, if these are counted."""
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
+    is_test = not any(record.get("answer") or record.get("caption") for record in records)
+    if is_test:
+        print("  no record has a caption or an answer: fine for a test set, nothing to train on")
     for record in records:
         asks = "question" in record
         said = record.get("answer" if asks else "caption", [])
         said = said if isinstance(said, list) else [said]
         read = [record["question"]] if asks else said
-        if not said:
+        if not said and not is_test:
             found.setdefault(f"without {'an answer' if asks else 'a caption'}", []).append(json.dumps(record))
         for text in said:
             if not isinstance(text, str) or NOTHING.fullmatch(text):
@@ -1029,7 +1045,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("check", help="missing and broken photos, duplicates, empty and long texts")
     p.add_argument("annotations", nargs="+", help="annotation files; what several have in common is told")
-    p.add_argument("--images", help="folder of the photos, if not beside the annotation file")
+    p.add_argument("--images", action="append", help="folder of the photos, if not beside the file; may be repeated")
     p.add_argument("--bert", help="count the tokens of this BERT: which texts are cut at --max-text-tokens?")
     p.add_argument("--max-text-tokens", type=int, default=32)
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read photos")

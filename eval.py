@@ -38,6 +38,7 @@ from data import (
     PictureFiles,
     UserError,
     ask_in,
+    check_annotations,
     decoding_workers,
     open_photos,
     open_picture,
@@ -46,7 +47,9 @@ from data import (
     say_sentence,
 )
 from explain import draw_attention
+from layouts import read_text
 from losses import say, start_processes, world
+from shapes import SPLITS
 from tasks import (
     PHOTOS,
     REPORTS,
@@ -57,6 +60,7 @@ from tasks import (
     clock,
     encoded_batches,
     gather_shards,
+    origin,
     retrieval,
     shard,
     vqa,
@@ -180,7 +184,11 @@ def features(model: Blip2, args: argparse.Namespace) -> None:
     of unit length; text_features (M, E) likewise. itc_scores is the highest product of a text with the queries.
     """
     paths = pictures_in(Path(args.images))
-    texts = Path(args.texts).read_text(encoding="utf-8").splitlines() if args.texts else []
+    texts = read_text(Path(args.texts)).splitlines() if args.texts else []
+    if texts and (model.texts is None or model.llm is not None):
+        raise UserError(
+            "--texts: texts have features in a run of stage 1 or of --stage retrieval, pass such a --checkpoint"
+        )
     batches = [list(rows) for rows in batches_of(range(len(paths))[shard(len(paths))], PHOTOS)]
     encoded = encoded_batches(model, PictureFiles(paths), batches, loaders(args))
     parts = [(images.query_out.cpu(), images.feats.cpu()) for images in encoded]
@@ -222,7 +230,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.add_argument("--bert", help="for a .pth: the BERT folder")
         p.add_argument("--llm", help="the frozen language model, if it is not where the run says")
         p.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
-        p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+        p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
         p.add_argument("--image-size", type=int, help="of the pictures, if not that of the checkpoint")
         p.add_argument("--out", help="write the result here", required=command == "features")
         if command != "answers":
@@ -244,7 +252,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             names = [name for name, preset in PRESETS.items() if preset["task"] == command]
             p.add_argument("--preset", default=f"{command}-v1", choices=names, help=f"default {command}-v1")
             p.add_argument("--data", action="append", help="an annotation file, or shapes; default shapes")
-            p.add_argument("--images", help="folder of the photos, if not beside the annotation file")
+            p.add_argument(
+                "--images", action="append", help="folder of the photos, if not beside the file; may be repeated"
+            )
         if command in ("retrieval", "captions", "vqa", "answers"):
             p.add_argument("--split", help="of shapes and of Karpathy's files; default that of the preset")
         if command == "retrieval":
@@ -281,8 +291,14 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--attention is about one photo, {args.image} is a folder: pass --image with one of its files"
             )
+    for spec in getattr(args, "data", None) or []:
+        check_annotations(spec)
+    if getattr(args, "data", None) in (None, ["shapes"]) and getattr(args, "split", None) not in (None, *SPLITS):
+        raise UserError(f"got --split {args.split} of the shapes world, expected {', '.join(SPLITS)}")
     for flag in ("out", "predictions", "attention"):
         path = getattr(args, flag, None)
+        if path and Path(path).is_dir():
+            raise UserError(f"--{flag} {path} is a folder: pass the name of a file in it")
         if path and not Path(path).parent.is_dir():
             raise UserError(f"--{flag} {path}: the folder {Path(path).parent} does not exist, make it first")
 
@@ -329,6 +345,11 @@ def run_preset(model: Blip2, args: argparse.Namespace, preset: dict, changed: di
         raise UserError("eval.py vqa needs --data with questions; for the shapes world use: python eval.py answers")
     if args.command == "vqa":
         model.need_llm()
+    if args.command == "retrieval" and model.llm is not None:
+        raise UserError(
+            f"{args.checkpoint} has a language model, for which its queries were trained since: retrieval needs a run "
+            "of stage 1 or of --stage retrieval"
+        )
     photos = open_photos(
         args.data or ["shapes"],
         preset["split"],
@@ -338,21 +359,18 @@ def run_preset(model: Blip2, args: argparse.Namespace, preset: dict, changed: di
         need_texts=args.command == "retrieval",
     )
     how = {key: value for key, value in preset.items() if key not in ("task", "split", "image_size")}
-    resolved = preset | {"image_size": model.image_size, "precision": args.precision}
+    resolved = preset | {"image_size": model.image_size}
     if "template" in preset:
         resolved["template"] = preset["template"] or model.template
     if "prompt" in preset:
         resolved["prompt"] = model.prompt if preset["prompt"] is None else preset["prompt"]
     if getattr(args, "candidates", None):
-        how["candidates"] = read_json(args.candidates)
+        how["candidates"] = read_candidates(args.candidates)
         resolved["candidates"] = hashlib.sha256(json.dumps(how["candidates"]).encode()).hexdigest()
     if args.command == "retrieval":
         how["match"] = "itm" in trained_losses(Path(args.checkpoint))
-    said = {
-        "preset": {"name": args.preset, "changed": sorted(changed), **resolved},
-        "checkpoint": args.checkpoint,
-        "data": {"files": args.data or ["shapes"], "sha256": photos.content_sha256()},
-    }
+    said = {"preset": {"name": args.preset, "changed": sorted(changed), **resolved}}
+    said |= origin(model, Path(args.checkpoint), photos, args.data or ["shapes"])
     say(f"preset {args.preset}: " + ", ".join(f"{key} {value!r}" for key, value in resolved.items() if key != "task"))
     kept = Kept(partial_folder(args.out, said) if args.out else None)
     evaluate = {"retrieval": retrieval, "captions": captioning, "vqa": vqa}[args.command]
@@ -363,14 +381,17 @@ def run_preset(model: Blip2, args: argparse.Namespace, preset: dict, changed: di
 
 
 def partial_folder(out: str, said: dict | None = None) -> Path:
-    """Where an evaluation that writes to `out` keeps what it has done: a folder for each checkpoint, preset, split."""
+    """Where an evaluation that writes to `out` keeps what it has done: a folder for all weights, presets and data."""
     folder = Path(out).with_name(f".{Path(out).name}.partial")
-    if said is None:
-        return folder
-    weights = Path(said["checkpoint"]) / "model.safetensors"
-    stat = weights.stat() if weights.exists() else None
-    key = repr((said, stat and (stat.st_size, stat.st_mtime_ns)))
-    return folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return folder if said is None else folder / hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+def read_candidates(path: str) -> list[str]:
+    """A JSON list of answers."""
+    candidates = read_json(path)
+    if not isinstance(candidates, list) or not candidates or not all(isinstance(text, str) for text in candidates):
+        raise UserError(f'--candidates {path} is no list of answers: expected ["yes", "no", ...]')
+    return candidates
 
 
 if __name__ == "__main__":

@@ -47,12 +47,23 @@ def on_patches(model, maps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_maps(model, photo) -> Tensor:
-    """Where each query looks in a photo, in each cross-attention: (C, Q, h, w), the mean over the heads."""
+def attention_maps(model, photo, question: str = "") -> Tensor:
+    """Where each query looks in a photo, in each cross-attention: (C, Q, h, w), the mean over the heads.
+
+    question: for a model whose Q-Former reads it too.
+    """
     tokens = model.encode_image([photo]).tokens
     with model.autocast(), watched(model.qformer) as seen:
-        model.qformer.encode_queries(model.image_kv(tokens))
+        look(model, model.image_kv(tokens), question if model.conditioned else None)
     return on_patches(model, torch.cat(seen).float().mean(dim=1))
+
+
+def look(model, image_kv, text: str | None) -> Tensor:
+    """The queries read the photo, and a text if there is one -> query_out (1, Q, D)."""
+    if text is None:
+        return model.qformer.encode_queries(image_kv)
+    ids, mask = pad(model.texts.encode([text]), model.texts.pad_id)
+    return model.qformer.encode_pairs(ids.to(model.device), mask.to(model.device), image_kv)
 
 
 def word_map(model, photo, word: str, prompt: str = "", question: str = "") -> Tensor:
@@ -63,19 +74,14 @@ def word_map(model, photo, word: str, prompt: str = "", question: str = "") -> T
     behind the prompt, or without a language model that of the verdict "this text and this photo match". question: of
     which the prompt is made, for a model whose Q-Former reads it too.
     """
-    reads = model.llm is None or model.conditioned  # the Q-Former reads a text, together with the photo
+    text = word if model.llm is None else question if model.conditioned else None
     if not word.strip():
         raise UserError(f"got the word {word!r}, in which there is nothing to look for")
     tokens = model.encode_image([photo]).tokens
     with torch.enable_grad(), watched(model.qformer) as seen:
         tokens = tokens.detach().requires_grad_()  # so that there is a graph even where all weights are frozen
         with model.autocast():
-            image_kv = model.image_kv(tokens)
-            if reads:
-                ids, mask = pad(model.texts.encode([word if model.llm is None else question]), model.texts.pad_id)
-                query_out, _ = model.qformer("itm", ids.to(model.device), mask.to(model.device), image_kv)
-            else:
-                query_out = model.qformer.encode_queries(image_kv)
+            query_out = look(model, model.image_kv(tokens), text)
         if model.llm is None:
             score = model.itm_logits(query_out)[0, 1]
         else:
@@ -128,7 +134,7 @@ def draw_attention(
     queries: their numbers; if none are given, the three that look at the fewest places. Without a prompt the word is
     looked for behind the words that stand before it in the caption.
     """
-    each = attention_maps(model, photo).mean(dim=0)  # (Q, h, w), the mean over the blocks
+    each = attention_maps(model, photo, question).mean(dim=0)  # (Q, h, w), the mean over the blocks
     if not all(0 <= query < len(each) for query in queries):
         raise UserError(f"got the queries {queries}, expected numbers from 0 to {len(each) - 1}")
     peaked = each.flatten(1).amax(dim=1) / each.flatten(1).sum(dim=1)

@@ -226,14 +226,14 @@ def aokvqa(content, path, split, answers):
 
 
 def genome_questions(content, path, split, answers):
-    """Visual Genome's questions, by photo."""
+    """Visual Genome's questions, by photo. Their answers are sentences, "Green.", where VQAv2 has "green": as that."""
     return [
         {
             "image": f"{qa.get('image_id', photo.get('id'))}.jpg",
             "image_id": qa.get("image_id", photo.get("id")),
             "question": qa["question"],
             "question_id": qa["qa_id"],
-            "answer": [qa["answer"]],
+            "answer": [qa["answer"].strip().removesuffix(".").lower()],
         }
         for photo in content
         for qa in photo["qas"]

@@ -11,6 +11,7 @@ once, each needed pair through the ITM pass once.
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from itertools import permutations
@@ -24,6 +25,7 @@ from torch import Tensor
 import shapes
 from blip2 import (
     ANSWERS,
+    PRECISIONS,
     Blip2,
     EncodedImages,
     EncodedTexts,
@@ -57,6 +59,7 @@ from metrics import (
     rouge_l,
     vqa_accuracy,
 )
+from weights import sha256
 
 K_RERANK = 128  # the original's and, by its code, the paper's
 PHOTOS, TEXTS = 64, 256  # in a batch
@@ -110,9 +113,12 @@ class Gallery:
 
     def public_id(self, photo: int) -> int | str:
         """The image_id of the annotation file, as a number if it is one; else the name of the photo."""
-        image_id = self.field(photo, "image_id")
+        image_id, name = self.field(photo, "image_id"), Path(self.photos.name(self.rows[photo])).name
+        of_coco = re.fullmatch(r"COCO_\w+_0*(\d+)\.\w+", name)  # LAVIS's files have no id, or one of their own
+        if of_coco and not str(image_id).isdigit():
+            return int(of_coco[1])
         if image_id is None:
-            return Path(self.photos.name(self.rows[photo])).name
+            return name
         return int(image_id) if str(image_id).isdigit() else image_id
 
     def subsets(self) -> dict[str, Tensor]:
@@ -275,12 +281,13 @@ def encoded_batches(model: Blip2, photos: Mixture | PictureFiles, batches: list[
 
 
 def encode_photos(model: Blip2, photos: Mixture, rows: list[int], workers: int) -> EncodedImages:
-    """Features of some photos; their ViT tokens stay in memory, in the ViT's precision."""
+    """Features of some photos; their ViT tokens stay in the host's memory, in the ViT's precision."""
     if not rows:  # fewer photos than processes
         Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
         sizes = (0, 1, model.vit.cfg.width), (0, Q, D), (0, Q, E)
         return EncodedImages(*(torch.empty(size, device=model.device) for size in sizes))
-    parts = list(encoded_batches(model, photos, list(batches_of(rows, PHOTOS)), workers))
+    batches = encoded_batches(model, photos, list(batches_of(rows, PHOTOS)), workers)
+    parts = [images._replace(tokens=images.tokens.cpu()) for images in batches]  # of 5,000 photos these are gigabytes
     return EncodedImages(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -437,7 +444,13 @@ def caption_table(result: dict) -> str:
     lines = [
         f"{result['photos']:,} photos, {result['distinct captions']:,} distinct captions, {clock(result['seconds'])}"
     ]
-    rows = [("shuffled photos", result["shuffled pictures"]), ("captions", result), *result["domains"].items()]
+    whole = "overall" if result["domains"] else "captions"
+    rows = [("shuffled photos", result["shuffled pictures"]), *result["domains"].items(), (whole, result)]
+    if "CIDEr" not in result:
+        lines.append(
+            "not every photo has captions of people, so there is nothing to compare with: --predictions writes"
+        )
+        lines.append("what was said")
     if "CIDEr" in result:
         lines.append(f"{'':18}" + "".join(f"{name:>8}" for name in names))
         lines += [f"{row:18}" + "".join(f"{scores[name]:8.1f}" for name in names) for row, scores in rows]
@@ -521,9 +534,10 @@ def answer_scores(answers: list[str], records: list[dict], metric: str | None, l
     people = [record["answer"] for record in records]
     if not all(people):
         return {"metric": None}
-    metric = metric or ("vqa" if all(len(texts) == 10 for texts in people) else "any")
+    fewer = sum(len(texts) != 10 for texts in people)
+    metric = metric or ("any" if fewer else "vqa")
     usual = Counter(text for texts in people for text in texts).most_common(1)[0][0]
-    found = {"metric": metric, "majority answer": usual}
+    found = {"metric": metric, "questions with another number of answers than ten": fewer, "majority answer": usual}
     said = {"accuracy of the majority answer": [usual] * len(people)}
     said |= {"accuracy of the lemmas": list(map(lemmatize, answers))} if lemmatized else {}
     for name, texts in (said | {"accuracy": answers}).items():
@@ -548,8 +562,12 @@ def vqa_table(result: dict) -> str:
     """The result of `vqa` in a few lines."""
     lines = [f"{result['questions']:,} questions about {result['photos']:,} photos, {clock(result['seconds'])}"]
     if "accuracy" in result:
+        fewer, metric = result["questions with another number of answers than ten"], result["metric"]
+        why = (
+            f": is it one of the answers given? for {fewer:,} questions have not ten of them" if metric == "any" else ""
+        )
         lines.append(
-            f'accuracy {result["accuracy"]:.2f} % ({result["metric"]}); always "{result["majority answer"]}": '
+            f'accuracy {result["accuracy"]:.2f} % ({metric}{why}); always "{result["majority answer"]}": '
             f"{result['accuracy of the majority answer']:.2f} %"
         )
     if "accuracy of the lemmas" in result:
@@ -751,6 +769,20 @@ REPORTS = {
     "answers": ("answers.json", answer_table),
     "telling": ("captions.json", telling_table),
 }
+
+
+def origin(model: Blip2, checkpoint: Path, photos: Mixture, files: list[str]) -> dict:
+    """Of which weights and data a result is, by their hashes, and how it was computed."""
+    parts = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*.safetensors"))
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.amp_dtype)
+    return {
+        "checkpoint": str(checkpoint),
+        "weights": {"sha256": sha256(parts), "vit": model.frozen_sha256("vit")}
+        | ({} if model.llm is None else {"llm": model.frozen_sha256("llm")}),
+        "data": {"files": files, "sha256": photos.content_sha256()},
+        "computed": {"precision": precision, "device": model.device.type, "image_size": model.image_size}
+        | ({} if model.llm is None else {"prompt": model.prompt, "template": model.template}),
+    }
 
 
 def write_result(path: Path, result: dict) -> None:

@@ -67,6 +67,7 @@ from data import (
     Texts,
     TrainBatches,
     UserError,
+    check_annotations,
     cores,
     decoding_workers,
     open_photos,
@@ -78,7 +79,7 @@ from data import (
 )
 from llm import OPTConfig, T5Config
 from losses import ITM_PRIOR, all_sum, barrier, gather_objects, say, smoothing_floor, start_processes, world
-from tasks import PHOTOS, REPORTS, answering, captioning, clock, retrieval, shard, telling, vqa, write_result
+from tasks import PHOTOS, REPORTS, answering, captioning, clock, origin, retrieval, shard, telling, vqa, write_result
 from weights import llm_config
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class TrainConfig:
     vit: str = "assets/tiny/vit"  # frozen image encoder: a folder, or eva-g, clip-l for random weights, or eva-g:FILE
     bert: str = "assets/tiny/bert"  # BERT folder that the Q-Former starts from
     data: list[str] = field(default_factory=lambda: ["shapes"])  # shapes, or a .json / .jsonl file; may be repeated
-    images: str = ""  # folder of the photos, if they are not beside the annotation file
+    images: list[str] = field(default_factory=list)  # folders of the photos, if not beside the file; may be repeated
     val_data: str = ""  # annotations to validate on
     val_photos: int = 0  # or: hold out this many photos of --data
     out: str = ""  # folder of the run; runs/stage1 or runs/stage2 if not given
@@ -104,6 +105,7 @@ class TrainConfig:
     freeze_vit: bool = False  # fine-tuning: leave the ViT as it is
     vit_lr_decay: float | None = None  # fine-tuning: each block of the ViT learns so much slower than the one above it
     prompt: str | None = None  # caption: what captions go on from
+    template: str | None = None  # vqa: what questions are put into, with {} for the question
     condition: bool = True  # vqa: the Q-Former reads the question too (paper, Figure 7)
     steps: int | None = None  # optimizer steps
     epochs: float | None = None  # or: how often each caption, or question, is shown
@@ -147,7 +149,7 @@ TUNING = dict(
     eval_every=2000, save_every=2000,
 )  # fmt: skip
 CAPTION = dict(batch=256, image_size=364, prompt="a photo of", **TUNING)
-VQA = dict(batch=128, image_size=490, **TUNING)
+VQA = dict(batch=128, image_size=490, template="Question: {} Answer:", **TUNING)
 RETRIEVAL = dict(batch=224, image_size=364, negatives_ramp=0, **TUNING)
 TINY_TUNING = TUNING | dict(
     epochs=None, steps=800, batch=32, lr=1e-4, warmup=50, image_size=64, vit_lr_decay=0.8, grad_checkpointing=False,
@@ -198,7 +200,7 @@ ONLY_IN = {
     "losses": ("1", "retrieval"), "negatives_ramp": ("1", "retrieval"), "itc_batch": ("1", "retrieval"),
     "init": ("2", *FINE_TUNING), "llm": WITH_LLM,
     "grad_checkpointing": ("2", *FINE_TUNING), "freeze_vit": FINE_TUNING, "vit_lr_decay": FINE_TUNING,
-    "prompt": ("caption",), "condition": ("vqa",),
+    "prompt": ("caption",), "condition": ("vqa",), "template": ("vqa",),
 }  # fmt: skip
 
 # When a run is resumed, these may differ from what it was started with; the last four change its numbers.
@@ -231,8 +233,8 @@ def parse_flags(argv: list[str] | None) -> tuple[TrainConfig, set[str]]:
         flag, about = "--" + f.name.replace("_", "-"), comments[f.name]
         if f.type in (bool, bool | None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=about)
-        elif f.name == "data":
-            parser.add_argument(flag, action="append", help=f"{about} (default: shapes)")
+        elif f.name in ("data", "images"):
+            parser.add_argument(flag, action="append", help=f"{about}{' (default: shapes)' * (f.name == 'data')}")
         else:
             kind = f.type if isinstance(f.type, type) else f.type.__args__[0]  # int | None -> int
             default = "the recipe's" if f.default is None else f.default
@@ -294,7 +296,10 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
     something else, and fine-tuning takes another --image-size."""
     folder = Path(cfg.init)
     if not (folder / "config.json").exists():
-        raise UserError(f"--init {folder} is not a run: train it with --stage 1 --out {folder}, or pass --init none")
+        stage, without = ("2", "") if cfg.stage in ("caption", "vqa") else ("1", "")
+        if cfg.stage == "2":
+            without = ", or pass --init none"
+        raise UserError(f"--init {folder} is not a run: train it with --stage {stage} --out {folder}{without}")
     run = read_json(folder / "config.json")
     if run.get("model") != "blip2":
         raise UserError(
@@ -349,6 +354,7 @@ def check(cfg: TrainConfig) -> None:
         ("beta2", cfg.beta2, 0 <= cfg.beta2 < 1, "0 or more, and below 1"),
         ("dropout", cfg.dropout, 0 <= cfg.dropout < 1, "0 or more, and below 1"),
         ("vit_lr_decay", cfg.vit_lr_decay, 0 < (cfg.vit_lr_decay or 1) <= 1, "above 0 and at most 1"),
+        ("template", cfg.template, "{}" in (cfg.template or "{}"), "{} in it, where the question goes"),
         ("epochs", cfg.epochs, cfg.epochs is None or cfg.epochs > 0, "above 0"),
         ("steps", cfg.steps, cfg.steps is None or cfg.steps >= 1, "at least 1"),
         *((name, getattr(cfg, name), getattr(cfg, name) >= 1, "at least 1") for name in AT_LEAST_1),
@@ -356,6 +362,9 @@ def check(cfg: TrainConfig) -> None:
     ):
         if not fine:
             raise UserError(f"got --{flag.replace('_', '-')} {got}, expected {expected}")
+    for flag, specs in (("data", cfg.data), ("val-data", [cfg.val_data] if cfg.val_data else [])):
+        for spec in specs:
+            check_annotations(spec, flag)
     if cfg.val_photos and cfg.val_data:
         raise UserError("got --val-photos and --val-data, expected one of the two")
     if cfg.cache_features and cfg.stage in FINE_TUNING and not cfg.freeze_vit:
@@ -797,7 +806,9 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
         result = evaluate(model, val, cfg.stage, objectives, workers)
     name, text = REPORTS[result["task"]]
     if rank == 0:
-        write_result(run / name, result)
+        weights = run / "best" if (run / "best").exists() else run
+        files = cfg.data if cfg.data == ["shapes"] or cfg.val_photos else [cfg.val_data]
+        write_result(run / name, origin(model, weights, val, files) | result)
     say(text(result))
     return result
 
@@ -915,8 +926,10 @@ def build_model(
         if cfg.stage in WITH_LLM:
             model.llm.grad_checkpointing = cfg.grad_checkpointing
             model.prompt = cfg.prompt or ""
-        if cfg.stage == "vqa" and cfg.condition:
-            model.condition_on_question()
+        if cfg.stage == "vqa":
+            model.template = cfg.template or model.template
+            if cfg.condition:
+                model.condition_on_question()
         if cfg.stage == "retrieval":
             train_heads(model, objectives)
         return model
@@ -965,18 +978,27 @@ def open_data(cfg: TrainConfig, model: Blip2, run: Path) -> tuple[Mixture, Mixtu
     photos, val = open_photos(cfg.data, "train", cfg.image_size, cfg.images, questions), None
     unanswered = sum(part.unanswered for part in photos.parts)
     if unanswered:
-        raise UserError(
-            f"{unanswered:,} questions of --data have no answer to learn: take them out, or pass the annotations"
-        )
+        raise UserError(no_answers(unanswered, "--data", "learn"))
     if cfg.cache_features:
         photos.cached = cache_tokens(model, photos, run.parent / "features", loader_workers(cfg))
     if cfg.val_photos:
         photos, val = photos.held_out(cfg.val_photos)
     elif cfg.val_data or cfg.data == ["shapes"]:
         val = open_photos([cfg.val_data or "shapes"], "val", cfg.image_size, cfg.images, questions)
+        unanswered = sum(part.unanswered for part in val.parts)
+        if unanswered:
+            raise UserError(no_answers(unanswered, "--val-data", "be compared with"))
         if cfg.cache_features:
             val.cached = cache_tokens(model, val, run.parent / "features", loader_workers(cfg))
     return photos, val
+
+
+def no_answers(count: int, flag: str, what_for: str) -> str:
+    """About questions without answers."""
+    return (
+        f"{count:,} questions of {flag} have no answer to {what_for}: take them out, or if the answers are in a second "
+        "file, type python data.py convert QUESTIONS ANNOTATIONS --out FILE and pass that"
+    )
 
 
 def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int) -> CachedTokens:

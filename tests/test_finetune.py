@@ -82,6 +82,7 @@ def test_recipes_are_the_papers(tmp_path, row, batch, size, peak, beta2, decay):
     cfg, why = train.complete(*train.parse_flags(["--stage", stage, "--init", run, "--data", f"{tmp_path}/a.json"]))
     assert why.startswith(f'recipe "{stage}, paper, ') and cfg.epochs == 5 and cfg.steps is None
     assert (cfg.prompt == "a photo of") == (stage == "caption")
+    assert (cfg.template == "Question: {} Answer:") == (stage == "vqa")  # for FlanT5 too, unlike zero-shot
 
     # an epoch shows each caption, or question, once
     photos = open_photos(cfg.data, "train", cfg.image_size, questions=stage == "vqa")
@@ -465,6 +466,11 @@ def test_a_fine_tuned_run_is_exported_with_its_own_vit(tmp_path, runs):
         ("--stage caption --init RUNS/stage2 --no-condition", "got --condition, a flag of stage vqa, in stage caption"),
         ("--stage vqa --init RUNS/stage2 --cache-features", "keeps what a frozen ViT sees, here it is trained"),
         ("--stage retrieval --init RUNS/stage1 --batch 8 --micro-batch 2 --itc-batch 8", "trained: add --freeze-vit"),
+        ("--stage vqa --init RUNS/stage2 --template hello", "got --template hello, expected {} in it"),
+        ("--stage vqa --init RUNS/stage2 --image-size 64 --data QUESTIONS --val-data ASKED", "have no answer to be"),
+        ("--stage vqa --init RUNS/stage2 --image-size 64 --data ASKED", "have no answer to learn: take"),
+        ("--stage vqa --init nowhere", "--init nowhere is not a run: train it with --stage 2 --out nowhere"),
+        ("--stage vqa --init RUNS/stage2 --val-data nowhere.json", "--val-data nowhere.json does not exist"),
         ("--stage vqa --init RUNS/stage2 --vit-lr-decay 2", "got --vit-lr-decay 2.0, expected above 0 and at most 1"),
         ("--stage vqa --init RUNS/stage2 --epochs -1", "got --epochs -1.0, expected above 0"),
         ("--stage vqa --init RUNS/stage2 --image-size 60", "--image-size 60 is no multiple of the patch size 8"),
@@ -472,7 +478,11 @@ def test_a_fine_tuned_run_is_exported_with_its_own_vit(tmp_path, runs):
     ],
 )  # fmt: skip
 def test_wrong_flags_get_a_sentence(tmp_path, runs, flags, sentence):
-    flags = flags.replace("RUNS", str(runs)).replace("CAPTIONS", annotations(tmp_path, questions=False))
+    asked = tmp_path / "asked.json"
+    asked.write_text('[{"image": "0.png", "question": "what?"}]')
+    data = annotations(tmp_path, questions="QUESTIONS" in flags)
+    flags = flags.replace("RUNS", str(runs)).replace("CAPTIONS", data).replace("QUESTIONS", data)
+    flags = flags.replace("ASKED", str(asked))
     with pytest.raises(UserError) as error:
         train.main([*flags.split(), "--out", f"{tmp_path}/out", "--steps", "1"])
     assert sentence in str(error.value) and not (tmp_path / "out").exists()

@@ -107,7 +107,7 @@ FILES = {
         [{"id": 1, "qas": [{"a_objects": [], "question": "What color?", "image_id": 1, "qa_id": 986768, "answer": "Green.",
                             "q_objects": []}]}],
         None,
-        {"image": "1.jpg", "image_id": 1, "question": "What color?", "question_id": 986768, "answer": ["Green."]},
+        {"image": "1.jpg", "image_id": 1, "question": "What color?", "question_id": 986768, "answer": ["green"]},
     ),
     "LAVIS' VQA": (
         "vqa_val.json",
@@ -201,7 +201,9 @@ def test_check_tells_what_is_wrong_before_a_long_run(tmp_path, capsys):
         f"photos of {train}, fine unless one is to train and one to test: 1", "8 problems",
     ):  # fmt: skip
         assert line in out, line
-    assert checked(val, capsys=capsys) == (0, f"{val}: a list of records, 1 records, 1 photos in {tmp_path}\nfine\n")
+    code, out = checked(val, capsys=capsys)
+    assert code == 0 and out.endswith(f"{val}: a list of records, 1 records, 1 photos in {tmp_path}\nfine\n")
+    assert out.startswith("the lengths of texts are not checked: add --bert FOLDER")
 
 
 def test_lines_come_one_by_one_and_mean_what_the_whole_file_means(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from blip2 import Blip2
 from data import UserError, clean_question, open_photos
 from eval import PRESETS
 from shapes import ShapesWorld
-from tasks import Kept, captioning, retrieval, shares, vqa, vqa_table, write_result
+from tasks import Gallery, Kept, captioning, retrieval, shares, vqa, vqa_table, write_result
+from weights import sha256
 
 RUN = str(ROOT / "assets/tiny/blip2")
 PRECISE = ["--precision", "fp32", "--device", "cpu"]
@@ -82,7 +84,8 @@ def test_the_result_says_how_it_came_about(tmp_path):
     assert result["preset"]["name"] == "vqa-v1" and result["preset"]["changed"] == ["num_beams"]
     assert result["preset"]["num_beams"] == 2 and result["preset"]["length_penalty"] == -1.0
     assert result["preset"]["template"] == "Question: {} Answer:" and result["preset"]["image_size"] == 64
-    assert result["preset"]["precision"] == "fp32" and result["checkpoint"] == RUN
+    assert result["computed"]["precision"] == "fp32" and result["checkpoint"] == RUN
+    assert result["weights"]["sha256"] == sha256([Path(RUN) / "model.safetensors"]) and result["weights"]["llm"]
     first = result["data"]["sha256"]
     assert "seconds" not in result and not list(tmp_path.glob(".out*"))  # nothing is left behind
     question_file(tmp_path, 4)
@@ -178,7 +181,19 @@ def test_photos_without_captions_are_told_of_for_the_server(tmp_path):
     result = evaluation.main(["captions", "--checkpoint", RUN, "--data", data, "--predictions", str(out), *PRECISE])
     assert "CIDEr" not in result and len(json.loads(out.read_text())) == 3
     with pytest.raises(UserError, match='expected "image" and "caption"'):
-        evaluation.main(["retrieval", "--checkpoint", RUN, "--data", data, *PRECISE])
+        open_photos([data], "test", 64)
+
+
+def test_photos_of_coco_are_told_by_their_number(tmp_path):
+    """The COCO server and pycocoevalcap know no other; LAVIS's files of val and test have no image_id, its train file
+    has one of its own."""
+    records = [{"image": "val2014/COCO_val2014_000000000042.jpg", "caption": "a"}]
+    records.append({"image": "val2014/COCO_val2014_000000522418.jpg", "caption": "a", "image_id": "coco_17"})
+    records.append({"image": "COCO_val2014_000000000007.jpg", "caption": "a", "image_id": 9})
+    records.append({"image": "other.jpg", "caption": "a"})
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    gallery = Gallery(open_photos([str(tmp_path / "a.json")], "test", 64))
+    assert [gallery.public_id(photo) for photo in range(4)] == [42, 522418, 9, "other.jpg"]
 
 
 def test_the_prompt_of_a_run_is_used_by_itself(tmp_path):
@@ -221,8 +236,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatc
 
 def test_what_another_preset_or_split_has_left_is_not_taken(tmp_path):
     said = {"preset": {"num_beams": 5}, "checkpoint": RUN, "data": {"sha256": "1"}}
-    other = [evaluation.partial_folder("x.json", said | {key: {"sha256": "2"}}) for key in ("preset", "data")]
-    assert len({evaluation.partial_folder("x.json", said), *other}) == 3
+    other = [
+        evaluation.partial_folder("x.json", said | {key: {"sha256": "2"}}) for key in ("preset", "data", "weights")
+    ]
+    assert len({evaluation.partial_folder("x.json", said), *other}) == 4
 
 
 def test_shares_are_whole_batches_and_cover_all(monkeypatch):
@@ -294,6 +311,17 @@ def test_features_are_what_the_calls_give(tmp_path):
         ),
         ("vqa --data CAPTIONS", "has ['caption', 'domain', 'image', 'image_id'], expected \"image\" and \"question\""),
         ("captions --data CAPTIONS --beams 0", "got --beams 0, expected at least 1"),
+        ("captions --data nowhere.json", "--data nowhere.json does not exist: expected a .json or .jsonl file"),
+        ("captions --split nonsense", "got --split nonsense of the shapes world, expected train, val, test"),
+        ("captions --data CAPTIONS --out FOLDER", "is a folder: pass the name of a file in it"),
+        (
+            "vqa --data QUESTIONS --template hello",
+            "got the template 'hello', expected {} in it, where the question goes",
+        ),
+        ("vqa --data QUESTIONS --candidates CAPTIONS", "is no list of answers: expected"),
+        ("retrieval --data CAPTIONS", "has a language model, for which its queries were trained since"),
+        ("features --images FOLDER --texts nowhere.txt --out f.safetensors", "nowhere.txt does not exist"),
+        ("features --images FOLDER --texts CAPTIONS --out f.safetensors", "texts have features in a run of stage 1"),
         (
             "captions --data CAPTIONS --predictions nowhere/p.json",
             "--predictions nowhere/p.json: the folder nowhere does",
@@ -302,9 +330,10 @@ def test_features_are_what_the_calls_give(tmp_path):
     ],
 )
 def test_wrong_flags_get_a_sentence(tmp_path, flags, sentence):
-    flags = flags.replace("CAPTIONS", caption_file(tmp_path, 2)).split()
+    for name, path in (("CAPTIONS", caption_file(tmp_path, 2)), ("QUESTIONS", question_file(tmp_path, 2))):
+        flags = flags.replace(name, path)
     with pytest.raises(UserError) as error:
-        evaluation.main([*flags, "--checkpoint", RUN])
+        evaluation.main([*flags.replace("FOLDER", str(tmp_path)).split(), "--checkpoint", RUN])
     assert sentence in str(error.value)
 
 
@@ -313,6 +342,6 @@ def test_daquar_is_read_as_it_is(tmp_path):
     records = json.loads(shared("data/daquar/val.json").read_text())[:6]
     folder = shared("data/daquar")
     (tmp_path / "a.json").write_text(json.dumps(records))
-    photos = open_photos([str(tmp_path / "a.json")], "val", 64, str(folder), questions=True)
+    photos = open_photos([str(tmp_path / "a.json")], "val", 64, [str(folder)], questions=True)
     result = vqa(Blip2.from_pretrained(RUN), photos)
     assert result["metric"] == "any" and len(result["predictions"]) == 6
