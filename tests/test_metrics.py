@@ -7,7 +7,7 @@ import os
 import random
 
 import pytest
-from conftest import shared
+from conftest import ROOT, shared
 
 from metrics import (
     any_match,
@@ -21,6 +21,7 @@ from metrics import (
     rouge_l,
     vqa_accuracy,
 )
+from tasks import caption_scores
 
 WORDS = "a the dog cat man red blue runs sits on in with two grass beach".split()
 
@@ -84,6 +85,18 @@ def test_people_and_corrupted_captions_are_scored_as_pycocoevalcap_does():
         lambda words: [],
     )
     equal_to_oracle([corruptions[i % 5](words) for i, words in enumerate(captions)], references)
+
+
+def test_captions_of_a_published_run_still_have_their_scores():
+    """1,000 captions of Flickr8k's val photos: the README's numbers, to the digits that it has."""
+    run = json.loads((ROOT / "assets/logs/flickr8k-stage2.json").read_text())
+    photos = json.loads(shared("data/flickr8k/val.json").read_text())
+    people = {photo["image"]: photo["caption"] for photo in photos}
+    said = {name.partition("/")[2]: text for name, text in run["captions"].items()}
+    scores = caption_scores(list(said.values()), [people[name] for name in said])
+    assert len(said) == 1000 and run["CIDEr"] == pytest.approx(scores["CIDEr"], abs=0.01)
+    for n in range(1, 5):
+        assert run[f"BLEU-{n}"] == pytest.approx(scores[f"BLEU-{n}"], abs=0.01)
 
 
 def test_bleu_by_hand():
@@ -202,9 +215,17 @@ def test_lemmas():
     assert lemmatize("Riding horses") == "ride horse"
 
 
+def test_vqa_accuracy_is_what_the_official_tool_has_said():
+    """250 answers, ten people's to each, and the tool's accuracy in per cent, two decimals."""
+    rows = json.loads((ROOT / "tests/official_vqa.json").read_text())
+    for answer, people, accuracy in rows:
+        assert 100 * vqa_accuracy(answer, people) == pytest.approx(accuracy, abs=0.006), (answer, people)
+    assert 50 < sum(accuracy > 0 for *_, accuracy in rows) < 200
+
+
 def test_vqa_accuracy_equals_the_official_tool():
-    """5,000 answers of all that the tool treats in a way of its own. Its vqa_eval.py is inside the wheel of
-    salesforce-lavis 1.0.2."""
+    """The same for 5,000 answers, all the kinds that the tool treats in a way of its own. Its vqa_eval.py is inside the
+    wheel of salesforce-lavis 1.0.2."""
     if not os.environ.get("VQA_EVAL"):
         pytest.skip("set VQA_EVAL to the official tool's vqa_eval.py")
     spec = importlib.util.spec_from_file_location("vqa_eval", os.environ["VQA_EVAL"])
