@@ -5,20 +5,11 @@ import json
 import pytest
 import torch
 from conftest import random_batch, run_many, small_model, stage2_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from blip2 import Blip2
 from data import UserError, make_llm_batch
 from losses import world
-
-
-def counted(run) -> int:
-    """FLOPs of all matrix products. Attention as its two, because torch does not count the CPU's fused kernel."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def padded_labels(rows: int) -> int:
@@ -33,7 +24,7 @@ def test_a_step_of_stage_1_has_the_flops_of_the_formula(photos, depth, queries):
     batch = random_batch(photos)
     labels = padded_labels(len(batch.label_rows)) / photos
     wanted = photos * bench.stage1_flops(model, photos, batch.text_ids.shape[1], labels)
-    found = counted(lambda: sum(model(batch).values()).backward())
+    found = bench.performed(lambda: sum(model(batch).values()).backward())
     assert found == pytest.approx(wanted, rel=1e-9)
 
 
@@ -47,7 +38,7 @@ def test_a_step_of_stage_2_has_the_flops_of_the_formula(kind, photos, words):
     batch = make_llm_batch([[2]] * photos, texts, 0, model.llm.layout.pads, list(range(photos)), images=images)
     labels = padded_labels(len(batch.label_rows)) / photos
     wanted = photos * bench.stage2_flops(model, 1, batch.target_ids.shape[1], labels)
-    found = counted(lambda: model(batch)["lm"].backward())
+    found = bench.performed(lambda: model(batch)["lm"].backward())
     assert found == pytest.approx(wanted, rel=1e-9)
 
 
@@ -58,7 +49,7 @@ def test_matching_has_the_flops_of_the_formula(photos, texts):
     ids = [[2, 6, 7, 8, 9, 3]] * texts
     model.texts = type("Texts", (), {"encode": lambda self, texts: ids, "pad_id": 0})()
     images = torch.zeros(photos, 3, 8, 8, dtype=torch.uint8)
-    found = counted(lambda: model.itm_scores(images, [""] * texts))
+    found = bench.performed(lambda: model.itm_scores(images, [""] * texts))
     assert found == pytest.approx(bench.retrieval_flops(model, photos, texts, 8), rel=1e-9)
 
 

@@ -290,6 +290,35 @@ def tuned_photos_table() -> str:
     return "\n".join(lines)
 
 
+BENCHES = {
+    "stage1": "a step of stage 1, batch 16",
+    "stage2": "a step of stage 2, OPT-125m, batch 8",
+    "generate": "captions, 5 beams, 20 tokens, batch 8",
+    "retrieval": "ITM of 8 photos with 64 texts",
+}
+
+
+def speed_table() -> str:
+    """bench.py, beside the best matrix product and beside transformers."""
+    lines = [row("fp32", "seconds", "a second", "GFLOP/s", "of the best product", "transformers, seconds",
+                 "times as fast", "times as few FLOPs"), "|---|" + "---|" * 7]  # fmt: skip
+    for what, title in BENCHES.items():
+        numbers = log(f"bench-{what}")["numbers"]
+        unit = next(name for name in numbers if name.endswith(" a second")).split()[0]
+        ratios = (numbers[f"times as fast, {which}"] for which in ("median of the pairs", "worst pair", "best pair"))
+        cells = (
+            f"{numbers['seconds']:.2f}",
+            f"{numbers[f'{unit} a second']:.1f} {unit}",
+            f"{numbers['GFLOP/s']:.0f}",
+            f"{numbers['MFU, %']:.0f} %",
+            f"{numbers['seconds of transformers, in turns']:.2f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(*ratios),
+            f"{numbers['times as many FLOPs in transformers']:.2f}",
+        )
+        lines.append(row(title, *cells))
+    return "\n".join(lines)
+
+
 TABLES = [shapes_table, losses_table, photos_table, answers_table, figure5_table, captions_table]
 TABLES += [tuned_answers_table, tuned_captions_table, tuned_retrieval_table, tuned_photos_table]
 
