@@ -362,11 +362,11 @@ def check(cfg: TrainConfig) -> None:
     ):
         if not fine:
             raise UserError(f"got --{flag.replace('_', '-')} {got}, expected {expected}")
+    if cfg.val_photos and cfg.val_data:
+        raise UserError("got --val-photos and --val-data, expected one of the two")
     for flag, specs in (("data", cfg.data), ("val-data", [cfg.val_data] if cfg.val_data else [])):
         for spec in specs:
             check_annotations(spec, flag)
-    if cfg.val_photos and cfg.val_data:
-        raise UserError("got --val-photos and --val-data, expected one of the two")
     if cfg.cache_features and cfg.stage in FINE_TUNING and not cfg.freeze_vit:
         raise UserError("--cache-features keeps what a frozen ViT sees, here it is trained: add --freeze-vit")
     share = cfg.batch / world()[1]

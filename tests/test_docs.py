@@ -290,6 +290,27 @@ def tuned_photos_table() -> str:
     return "\n".join(lines)
 
 
+def tuned_photo_retrieval_table() -> str:
+    """Fine-tuning for retrieval on Flickr8k, 1,000 photos of val."""
+    lines = [row("Flickr8k val, R@1 / 5 / 10, %", "photo finds caption", "caption finds photo"), "|---|---|---|"]
+    for title, name in (("before", "-before"), ("fine-tuned", "")):
+        run = log(f"finetune-flickr8k-retrieval{name}")
+        lines.append(ways_row(f"{title}, ITC", run["itc"]))
+        lines.append(ways_row(f"{title}, ITM re-ranks {run['k']}", run["reranked"]))
+    return "\n".join(lines)
+
+
+def daquar_table() -> str:
+    """Fine-tuning for VQA on DAQUAR, beside the same on blank photos and the most frequent answer."""
+    photos, blank = log("finetune-daquar-photos"), log("finetune-daquar-blank")
+    lines = [row("DAQUAR val, right answers", "%"), "|---|---|"]
+    usual = f'always "{photos["majority answer"]}", the most frequent answer'
+    lines.append(row(usual, f"{photos['accuracy of the majority answer']:.1f}"))
+    lines.append(row("trained and asked on blank photos", f"{blank['accuracy']:.1f}"))
+    lines.append(row("**trained and asked on the photos**", f"{photos['accuracy']:.1f}"))
+    return "\n".join(lines)
+
+
 BENCHES = {
     "stage1": "a step of stage 1, batch 16",
     "stage2": "a step of stage 2, OPT-125m, batch 8",
