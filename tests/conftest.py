@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"  # real photos and weights, where they are; tests that use them skip where not
 
+import shapes  # noqa: E402
 from blip2 import Blip2  # noqa: E402
 from data import make_batch  # noqa: E402
 from qformer import QFormer, QFormerConfig  # noqa: E402
@@ -27,6 +28,14 @@ def same_place_and_seed(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_test_pictures(monkeypatch):
+    """100 of the shapes world's 1,000, of each kind: a training that ends with its evaluation takes seconds."""
+    monkeypatch.setitem(shapes.SPLITS, "test", 100)
+    for subset, size in shapes.TEST_SUBSETS.items():
+        monkeypatch.setitem(shapes.TEST_SUBSETS, subset, size // 10)
 
 
 def roughen(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

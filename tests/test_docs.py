@@ -12,7 +12,6 @@ import pytest
 from conftest import ROOT, TINY
 from PIL import Image
 
-import shapes
 import train
 
 README = (ROOT / "README.md").read_text()
@@ -41,12 +40,9 @@ def test_the_first_block_sets_up_and_the_next_ask_train_and_test():
     assert setup[1][-1] in ci
 
 
-def test_the_main_command_runs_and_prints_what_the_readme_shows(tmp_path, monkeypatch, capsys):
-    """With few steps, and 150 test pictures of 1,000. What the README tells the reader to look at is in its example
-    and in the real output. (torchrun is test_train's.)"""
-    monkeypatch.setitem(shapes.SPLITS, "test", 150)
-    for subset, size in {"plain": 60, "held-out pairs": 40, "swapped": 30, "held-out wordings": 20}.items():
-        monkeypatch.setitem(shapes.TEST_SUBSETS, subset, size)
+def test_the_main_command_runs_and_prints_what_the_readme_shows(tmp_path, few_test_pictures, capsys):
+    """With few steps and test pictures. What the README tells the reader to look at is in its example and in the real
+    output. (torchrun is test_train's.)"""
     torchrun, script, *flags = commands("bash")[3]
     assert (torchrun, script) == ("torchrun", "train.py")
     train.main([*flags, *SMALL, "--out", str(tmp_path / "run"), "--losses", "itc,itm,itg"])

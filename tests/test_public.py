@@ -372,7 +372,7 @@ def test_a_folder_of_one_part_is_no_model():
         Blip2.from_pretrained("assets/tiny/opt")
 
 
-def test_one_trains_from_a_public_checkpoint(tmp_path, capsys):
+def test_one_trains_from_a_public_checkpoint(tmp_path, few_test_pictures):
     """It is made a run, and stage 2 goes on from its projection."""
     random_blip2("opt", tmp_path / "theirs")
     flags = "--steps 2 --batch 4 --eval-every 0 --save-every 1 --precision fp32 --device cpu".split()
