@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from generate import KVCache
-from qformer import attend, heads_of, predict, queries_keys_values
+from qformer import Linear, attend, heads_of, linear, predict, queries_keys_values
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class OPTBlock(nn.Module):
         super().__init__()
         self.heads, self.pre_norm = cfg.heads, cfg.pre_norm
         self.ln_1 = nn.LayerNorm(cfg.width)
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
-        self.proj = nn.Linear(cfg.width, cfg.width)
+        self.qkv = Linear(cfg.width, 3 * cfg.width)
+        self.proj = Linear(cfg.width, cfg.width)
         self.ln_2 = nn.LayerNorm(cfg.width)
-        self.fc1 = nn.Linear(cfg.width, cfg.mlp)
-        self.fc2 = nn.Linear(cfg.mlp, cfg.width)
+        self.fc1 = Linear(cfg.width, cfg.mlp)
+        self.fc2 = Linear(cfg.mlp, cfg.width)
 
     def forward(self, x: Tensor, mask: Tensor, keep=None, read: int | None = None) -> Tensor:
         """(B, rows, L) -> the same, or of the last `read` rows (B, read, L): what the others see, nobody asks.
@@ -119,10 +119,10 @@ class OPT(nn.Module):
         self.word_embedding = nn.Embedding(cfg.vocab_size, cfg.embed_width)
         self.position_embedding = nn.Embedding(cfg.max_positions + 2, cfg.width)  # row 0 is never read, 1 is padding's
         projects = cfg.embed_width != cfg.width
-        self.project_in = nn.Linear(cfg.embed_width, cfg.width, bias=False) if projects else nn.Identity()
+        self.project_in = Linear(cfg.embed_width, cfg.width, bias=False) if projects else nn.Identity()
         self.blocks = nn.ModuleList(OPTBlock(cfg) for _ in range(cfg.depth))
         self.ln_final = nn.LayerNorm(cfg.width) if cfg.pre_norm else nn.Identity()
-        self.project_out = nn.Linear(cfg.width, cfg.embed_width, bias=False) if projects else nn.Identity()
+        self.project_out = Linear(cfg.width, cfg.embed_width, bias=False) if projects else nn.Identity()
 
     @torch.no_grad()
     def init_weights(self):
@@ -175,7 +175,7 @@ class OPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., L) -> (..., W); the output matrix is the word embedding."""
-        return F.linear(self.project_out(self.ln_final(x)), self.word_embedding.weight)
+        return linear(self.project_out(self.ln_final(x)), self.word_embedding.weight)
 
     def decoder_for(self, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> "OPTDecoder":
         """For generate.py."""
@@ -263,9 +263,9 @@ class T5Attention(nn.Module):
     def __init__(self, cfg: T5Config):
         super().__init__()
         self.heads, inner = cfg.heads, cfg.heads * cfg.head_width
-        self.q = nn.Linear(cfg.width, inner, bias=False)
-        self.kv = nn.Linear(cfg.width, 2 * inner, bias=False)
-        self.proj = nn.Linear(inner, cfg.width, bias=False)
+        self.q = Linear(cfg.width, inner, bias=False)
+        self.kv = Linear(cfg.width, 2 * inner, bias=False)
+        self.proj = Linear(inner, cfg.width, bias=False)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, L) -> k, v (B, H, S, K)."""
@@ -287,9 +287,9 @@ class T5Block(nn.Module):
         self.ln_cross = RMSNorm(cfg.width, cfg.eps) if is_decoder else None
         self.cross = T5Attention(cfg) if is_decoder else None
         self.ln_2 = RMSNorm(cfg.width, cfg.eps)
-        self.gate = nn.Linear(cfg.width, cfg.mlp, bias=False)
-        self.up = nn.Linear(cfg.width, cfg.mlp, bias=False)
-        self.down = nn.Linear(cfg.mlp, cfg.width, bias=False)
+        self.gate = Linear(cfg.width, cfg.mlp, bias=False)
+        self.up = Linear(cfg.width, cfg.mlp, bias=False)
+        self.down = Linear(cfg.mlp, cfg.width, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor, memory=None, memory_mask=None, keep=None) -> Tensor:
         normed = self.ln_1(x)
@@ -362,7 +362,7 @@ class T5(nn.Module):
         self.word_embedding = nn.Embedding(cfg.vocab_size, cfg.width)
         self.encoder = T5Stack(cfg, cfg.depth, is_decoder=False)
         self.decoder = T5Stack(cfg, cfg.decoder_depth, is_decoder=True)
-        self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.lm_head = Linear(cfg.width, cfg.vocab_size, bias=False)
 
     @torch.no_grad()
     def init_weights(self):

@@ -110,19 +110,40 @@ def attend(
     return drop(scores.softmax(dim=-1), dropout) @ v
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., inputs) -> (..., outputs), as F.linear.
+
+    For few rows in fp32 on CPU, as when words are generated, it is computed as W x^T: MKL gives each thread some rows
+    of the left matrix and all of the right, and there it is the weights that are worth dividing.
+    """
+    few = x.device.type == "cpu" and x.dtype == torch.float32 and 1 < x.numel() // x.shape[-1] <= 64
+    if not few or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    columns = x.flatten(0, -2).T
+    out = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return out.T.contiguous().view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 def heads_of(x: Tensor, heads: int) -> Tensor:
     """(B, S, H*K) -> (B, H, S, K)."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def queries_keys_values(qkv: nn.Linear, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def queries_keys_values(qkv: Linear, x: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Attention's queries of the rows `asking` (B, rows, D) of x (B, S, D), keys and values of all. Where all ask, as
     everywhere but in a last block of which few rows are read, they are one product."""
     if asking is x:
         return qkv(x).chunk(3, dim=2)
     D = x.shape[2]
-    k, v = F.linear(x, qkv.weight[D:], qkv.bias[D:]).chunk(2, dim=2)
-    return F.linear(asking, qkv.weight[:D], qkv.bias[:D]), k, v
+    k, v = linear(x, qkv.weight[D:], qkv.bias[D:]).chunk(2, dim=2)
+    return linear(asking, qkv.weight[:D], qkv.bias[:D]), k, v
 
 
 def predict(head, x: Tensor, rows: Tensor) -> Tensor:
@@ -157,8 +178,8 @@ class SelfAttention(nn.Module):
     def __init__(self, cfg: QFormerConfig):
         super().__init__()
         self.heads, self.dropout = cfg.heads, cfg.dropout
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
-        self.proj = nn.Linear(cfg.width, cfg.width)
+        self.qkv = Linear(cfg.width, 3 * cfg.width)
+        self.proj = Linear(cfg.width, cfg.width)
         self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
 
     def forward(self, x: Tensor, mask: Tensor | None, keep, read: int | None) -> Tensor:
@@ -183,9 +204,9 @@ class CrossAttention(nn.Module):
     def __init__(self, cfg: QFormerConfig):
         super().__init__()
         self.heads, self.dropout = cfg.heads, cfg.dropout
-        self.q = nn.Linear(cfg.width, cfg.width)
-        self.kv = nn.Linear(cfg.image_width, 2 * cfg.width)
-        self.proj = nn.Linear(cfg.width, cfg.width)
+        self.q = Linear(cfg.width, cfg.width)
+        self.kv = Linear(cfg.image_width, 2 * cfg.width)
+        self.proj = Linear(cfg.width, cfg.width)
         self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
 
     def image_kv(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,8 +226,8 @@ class FeedForward(nn.Module):
     def __init__(self, cfg: QFormerConfig):
         super().__init__()
         self.dropout = cfg.dropout
-        self.up = nn.Linear(cfg.width, cfg.mlp)
-        self.down = nn.Linear(cfg.mlp, cfg.width)
+        self.up = Linear(cfg.width, cfg.mlp)
+        self.down = Linear(cfg.mlp, cfg.width)
         self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,12 +261,12 @@ class LMHead(nn.Module):
 
     def __init__(self, cfg: QFormerConfig):
         super().__init__()
-        self.dense = nn.Linear(cfg.width, cfg.width)
+        self.dense = Linear(cfg.width, cfg.width)
         self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
         self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
 
     def forward(self, x: Tensor, word_embedding: Tensor) -> Tensor:
-        return F.linear(self.ln(F.gelu(self.dense(x))), word_embedding, self.bias)
+        return linear(self.ln(F.gelu(self.dense(x))), word_embedding, self.bias)
 
 
 class QFormer(nn.Module):

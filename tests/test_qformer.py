@@ -5,7 +5,7 @@ import torch
 from conftest import small_qformer
 
 from formats import BERT, HF_QFORMER
-from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries, drop
+from qformer import Linear, QFormer, QFormerConfig, copy_text_ffn_to_queries, drop
 from weights import load
 
 
@@ -21,6 +21,25 @@ def test_paper_sized_qformer_has_the_originals_parameters(image_width, expected)
     with torch.device("meta"):
         model = QFormer(QFormerConfig(image_width=image_width))
     assert sum(p.numel() for p in model.parameters()) - model.queries.numel() == expected
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (40, 1, 12), (3, 5, 12), (5, 2, 8, 12)])
+def test_linear_is_torchs_whatever_way_round_it_is_computed(shape, bias):
+    """Values, gradients, and rows that lie one behind the other in memory."""
+    ours = Linear(12, 7, bias=bias)
+    theirs = torch.nn.Linear(12, 7, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(shape)
+    results = []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf)
+        assert out.is_contiguous()
+        (out * torch.arange(7)).sin().sum().backward()
+        results.append([out, leaf.grad, *(p.grad for p in layer.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_queries_start_small_but_not_at_zero():
