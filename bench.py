@@ -223,10 +223,16 @@ def seconds(run: Callable, device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
-    """The best of ten matrix products."""
+    """The best of ten matrix products; on a card, where one takes less than a millisecond, of ten times ten."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
+    together = 10 if device.type == "cuda" else 1
+
+    def products():
+        for _ in range(together):
+            a @ b
+
+    products()
+    return 2 * size**3 * together / min(seconds(products, device) for _ in range(10))
 
 
 @contextmanager
@@ -238,6 +244,7 @@ def clocked(methods: dict[str, list], spent: dict[str, float], device: torch.dev
             original = getattr(thing, name)
 
             def timed(*args, _original=original, _part=part, **kwargs):
+                sync(device)
                 start = time.perf_counter()
                 out = _original(*args, **kwargs)
                 sync(device)
@@ -343,11 +350,17 @@ def transformers_twin(model: Blip2) -> nn.Module:
     lacking = [key for key in lacking if not key.endswith(("lm_head.weight", "embed_tokens.weight", "position_ids"))]
     assert not lacking, lacking  # all but what is tied
     twin.to(model.device).requires_grad_(False).eval()
-    twin.vision_model.encoder.to(model.vit.dtype)
-    twin.vision_model.embeddings.to(model.vit.dtype)
+    products = model.amp_dtype or torch.float32  # our ViT's dtype may be another; theirs would be cast at every run
+    twin.vision_model.encoder.to(products)
+    twin.vision_model.embeddings.to(products)
     if not retrieval:
         twin.language_model.to(model.llm.word_embedding.weight.dtype)
     return twin
+
+
+def pixels_of(model: Blip2, images: Tensor) -> Tensor:
+    """Photos as the twin takes them."""
+    return model.vit.normalize(images).to(model.amp_dtype or torch.float32)
 
 
 class TheirViT(nn.Module):
@@ -519,7 +532,7 @@ class TheirStage2(nn.Module):
             ids = torch.cat((prefix, batch.target_ids), dim=1)
             labels = torch.cat((torch.full_like(prefix, -100), labels), dim=1)
         mask = torch.cat((torch.ones_like(prefix), (labels != -100).long()[:, prefix.shape[1] :]), dim=1)
-        pixels = model.vit.normalize(batch.images).to(model.vit.dtype)
+        pixels = pixels_of(model, batch.images)
         self.inputs = dict(pixel_values=pixels, input_ids=ids, attention_mask=mask[:, : ids.shape[1]], labels=labels)
 
     def train(self, mode: bool = True):
@@ -591,7 +604,7 @@ def generate_(args: argparse.Namespace) -> Work:
     def peer():
         twin = transformers_twin(model)
         prefix = visual_prompt(twin, batch.prompt_ids)
-        pixels = model.vit.normalize(batch.images).to(model.vit.dtype)
+        pixels = pixels_of(model, batch.images)
         start = 0 if isinstance(model.llm.cfg, OPTConfig) else 1
 
         @torch.no_grad()
@@ -612,7 +625,8 @@ def retrieval(args: argparse.Namespace) -> Work:
     """ITM of --batch photos with --texts texts each."""
     model = build_model(args, with_llm=False).eval().requires_grad_(False)
     images, batch = random_batch(args, model, args.batch).images, random_batch(args, model, args.texts)
-    model.texts.encode = lambda texts: [batch.text_ids[i][batch.text_mask[i]].tolist() for i in range(len(texts))]
+    words = [ids[mask].tolist() for ids, mask in zip(batch.text_ids, batch.text_mask)]
+    model.texts.encode = lambda texts: words
 
     def scores():
         return model.itm_scores(images, [""] * args.texts)
@@ -627,7 +641,7 @@ def retrieval(args: argparse.Namespace) -> Work:
 
     def peer():
         twin = transformers_twin(model)
-        pixels = model.vit.normalize(images.clone()).to(model.vit.dtype)
+        pixels = pixels_of(model, images)
         mask = batch.text_mask.long()
 
         @torch.no_grad()
@@ -757,6 +771,10 @@ def load(args: argparse.Namespace) -> dict:
             model = build_model(args, with_llm=False)
             transformers_twin(model).save_pretrained(path)
             shutil.copy(TINY / "bert/tokenizer.json", path)
+            del model
+            if args.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         out = sys.stdout
         with open(os.devnull, "w") as sys.stdout:  # the account of the loading
@@ -772,8 +790,9 @@ def load(args: argparse.Namespace) -> dict:
 
             name = json.loads((path / "config.json").read_text())["architectures"][0]
             dtype = PRECISIONS[args.precision] or torch.float32
+            kind = getattr(transformers, name)
             times = [
-                seconds(lambda: getattr(transformers, name).from_pretrained(path, dtype=dtype), args.device)
+                seconds(lambda: kind.from_pretrained(path, dtype=dtype).to(args.device), args.device)
                 for _ in range(args.repeats)
             ]
             numbers["seconds of transformers"] = statistics.median(times)

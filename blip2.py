@@ -466,6 +466,10 @@ class Blip2(nn.Module):
             self.llm.to(self.amp_dtype or torch.float32)
         if not self.trains_vit:
             self.vit.to(vit_dtype(precision, device))
+        if torch.device(device).type == "cuda":
+            # cuDNN's attention, PyTorch's first choice on some cards, prepares for long at each new shape, and texts
+            # and beams have ever new ones; and some of its kernels round the dropout to sixteenths.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         return self.to(device)
 
     def train(self, mode: bool = True):

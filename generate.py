@@ -81,6 +81,7 @@ def generate(
     sample: draw from the distribution at `temperature`, cut to the likeliest tokens that hold `top_p` of it
     (nucleus); otherwise beam search, or greedy with one beam.
     length_penalty: a beam's score is its log-probability / length ** length_penalty; below 0 favours short texts.
+    generator: of the draws, on the device of the logits.
     repetition_penalty: above 1 makes tokens unlikely that stand in the text, or in prompt_ids (B, n), where -1 is none.
     early_stopping: stop when as many texts are finished as there are beams (True), or when no running one is likely
     to get better (False), or when none can get better ("never").

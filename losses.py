@@ -163,8 +163,9 @@ def fetch_rows(x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         foreign.append(rows[rows // B != receiver])
     sent_rows = [rows[rows // B == rank] - rank * B for rows in foreign]
     received = torch.bincount(foreign[rank] // B, minlength=size).tolist()
-    fetched = _FetchRows.apply(x, torch.cat(sent_rows).to(x.device), [len(rows) for rows in sent_rows], received)
-    place = torch.searchsorted(foreign[rank].to(x.device), wanted)
+    place = torch.searchsorted(foreign[rank].to(x.device, non_blocking=True), wanted)
+    send_rows = torch.cat(sent_rows).to(x.device, non_blocking=True)
+    fetched = _FetchRows.apply(x, send_rows, [len(rows) for rows in sent_rows], received)
     return fetched, torch.where(wanted // B == rank, wanted - rank * B, B + place)
 
 

@@ -22,6 +22,13 @@ torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
 TINY = ["--vit", str(ROOT / "assets/tiny/vit"), "--bert", str(ROOT / "assets/tiny/bert")]
 
 
+def pytest_configure(config):
+    """A card is for `pytest -m cuda`; all else is about the processor, and compares processes of which each would need
+    a card of its own."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def same_place_and_seed(monkeypatch):
     """Tests run from the project's folder, without network, from a fixed seed."""

@@ -19,6 +19,7 @@ import blip2
 import train
 from blip2 import Blip2
 from data import CachedTokens, make_llm_batch, open_photos
+from qformer import attend
 from shapes import ShapesWorld
 from train import (
     TrainConfig,
@@ -365,7 +366,7 @@ def test_gradients_are_clipped_before_the_step(tmp_path, run_train):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
 def test_a_cuda_card_computes_what_the_processor_does():
     """Losses and gradients in fp32; in bf16 with the frozen ViT in fp16 (paper 3.4) the losses are close."""
     reference, batch = small_model(), random_batch(6)
@@ -386,7 +387,18 @@ def test_a_cuda_card_computes_what_the_processor_does():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_attention_on_a_card_drops_as_many_as_it_says(precision):
+    """Ones, averaged with dropout, are 1 on average; if 0.1 were rounded to sixteenths, it would be 1.04 or 0.97."""
+    small_model().set_precision(precision, "cuda")
+    zeros = torch.zeros(64, 12, 64, 64, device="cuda", dtype=blip2.PRECISIONS[precision])
+    mean = attend(zeros, zeros, torch.ones_like(zeros), None, dropout=0.1).float().mean().item()
+    assert mean == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
 @pytest.mark.parametrize("kind", ["stage 1", "stage 1, compared", "opt", "t5"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_host_never_waits_for_the_card_inside_a_step(kind, precision):
