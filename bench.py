@@ -977,7 +977,8 @@ def main(argv: list[str] | None = None) -> dict:
             gain = gain_of_compiling(work, args)
             show("compiled", gain)
             numbers |= gain
-    settings = {name: str(value) for name, value in vars(args).items() if value not in (None, False)}
+    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    settings = {name: str(value) for name, value in given.items() if name != "json"}
     record = {"title": title, "settings": settings, "numbers": numbers}
     if world()[0] == 0:
         print(json.dumps(record))

@@ -62,6 +62,7 @@ def test_the_command_line_measures_and_writes(what, tmp_path, capsys, monkeypatc
     sizes = ["--vit", "assets/tiny/vit", "--bert", "assets/tiny/bert", "--llm", "assets/tiny/opt", "--image-size", "64"]
     small = ["--batch", "2", "--texts", "3", "--new-tokens", "4", "--queries", "8", "--warmup", "1", "--repeats", "1"]
     bench.main([what, *sizes, *small, "--precision", "fp32", "--vs", "transformers", "--json", str(out)])
+    assert str(tmp_path) not in out.read_text()  # the numbers are to be shown to others
     numbers = json.loads(out.read_text())["numbers"]
     assert numbers["largest difference of the results"] < 1e-3
     assert numbers["MFU, %"] > 0 and numbers["times as many FLOPs in transformers"] >= 1
@@ -75,7 +76,9 @@ def test_it_measures_a_comparison_in_two_passes_and_what_compiling_gains(monkeyp
     monkeypatch.setattr(Blip2, "compile_blocks", lambda self: compile_blocks(self, backend="eager"))
     sizes = ["--vit", "assets/tiny/vit", "--bert", "assets/tiny/bert", "--image-size", "64", "--batch", "2"]
     small = ["--queries", "4", "--warmup", "0", "--repeats", "1", "--precision", "fp32", "--dropout", "0"]
-    numbers = bench.main(["stage1", *sizes, *small, "--itc-batch", "4", "--compile"])["numbers"]
+    record = bench.main(["stage1", *sizes, *small, "--itc-batch", "4", "--compile"])
+    numbers, settings = record["numbers"], record["settings"]
+    assert (settings["warmup"], settings["dropout"], settings["compile"]) == ("0", "0.0", "True")
     assert numbers["times as fast when compiled"] > 0 and numbers["part: frozen ViT, %"] > 0
     assert numbers["photos a second"] == pytest.approx(4 / numbers["seconds"])
 
