@@ -248,7 +248,7 @@ class Blip2(nn.Module):
             raise UserError(f"{folder} is a {config.get('model_type')}, expected a run, or a whole BLIP-2")
         spec, dtype = vit or relocated(config["vit"], folder), vit_dtype("fp32" if train_vit else precision, device)
         if config.get("vit_trained"):  # it is in the run itself
-            with torch.device("meta"):
+            with torch.device("meta"), weights.NothingDrawn():
                 own = {key: tuple(v) if isinstance(v, list) else v for key, v in config["vit_config"].items()}
                 encoder, files = ViT(ViTConfig(**own)), []
             encoder = encoder.to(dtype).to_empty(device=device)
@@ -265,7 +265,7 @@ class Blip2(nn.Module):
         sources["lacks"] = config.get("lacks", [])
         model = cls(
             encoder,
-            QFormer(QFormerConfig(**sizes)),
+            weights.build_qformer(QFormerConfig(**sizes), {}, device=device),
             Texts(folder, config["max_text_tokens"]) if config.get("text_branch", True) else None,
             config["image_size"],
             config["embed_dim"],
@@ -295,9 +295,11 @@ class Blip2(nn.Module):
         say(account)
         tensors = weights.open_tensors(files)
         retrieval = "itm_head.weight" in tensors
+        table = formats.HF_RETRIEVAL if retrieval else formats.HF_BLIP2
+        cfg = weights.hf_qformer_config(config, retrieval)
         model = cls(
             encoder,
-            QFormer(weights.hf_qformer_config(config, retrieval)),
+            weights.build_qformer(cfg, table.fresh, "qformer.", device),
             Texts(folder) if retrieval else None,
             encoder.cfg.image_size,
             config.get("image_text_hidden_size", 256),
@@ -306,7 +308,7 @@ class Blip2(nn.Module):
         ).set_precision(precision, device)
         if not retrieval:
             say(model.attach_llm(spec))
-        say(weights.load(model, tensors, formats.HF_RETRIEVAL if retrieval else formats.HF_BLIP2, spec))
+        say(weights.load(model, tensors, table, spec))
         return model
 
     @classmethod
@@ -333,11 +335,13 @@ class Blip2(nn.Module):
         sources = {"vit": vit, "vit_files": files, "last_block": False, "bert": bert or ""}
         texts = None if stage2 else Texts(bert)
         embed_dim = len(tensors["vision_proj.bias"]) if "vision_proj.bias" in tensors else 256
-        model = cls(encoder, QFormer(QFormerConfig(**sizes)), texts, encoder.cfg.image_size, embed_dim, sources=sources)
+        table = formats.LAVIS_STAGE2 if stage2 else formats.LAVIS_STAGE1
+        qformer = weights.build_qformer(QFormerConfig(**sizes), table.fresh, "qformer.", device)
+        model = cls(encoder, qformer, texts, encoder.cfg.image_size, embed_dim, sources=sources)
         model.set_precision(precision, device)
         if stage2:
             say(model.attach_llm(llm, act="gelu" if "t5_proj.weight" in tensors else None))
-        say(weights.load(model, tensors, formats.LAVIS_STAGE2 if stage2 else formats.LAVIS_STAGE1, str(path)))
+        say(weights.load(model, tensors, table, str(path)))
         return model
 
     def attach_llm(self, spec: str, template: str | None = None, act: str | None = None) -> str:

@@ -14,6 +14,7 @@ Letters: B batch, Q queries (32), T text tokens, S = Q + T, P image tokens, V Vi
 K width of a head, W vocabulary (30,522 of BERT + [DEC]).
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -290,14 +291,18 @@ class QFormer(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
-        """N(0, 0.02) as in BERT, the queries too: at 0, the first norm would divide nothing by nothing."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0, self.cfg.init_std)
-            if isinstance(module, nn.Linear):
-                module.bias.zero_()
-        self.queries.normal_(0, self.cfg.init_std)
+    def init_weights(self, names: Container[str] | None = None):
+        """N(0, 0.02) as in BERT, the queries too: at 0, the first norm would divide nothing by nothing.
+
+        names: of the parameters that are meant, if not all.
+        """
+        for name, parameter in self.named_parameters():
+            if names is not None and name not in names:
+                continue
+            if parameter.dim() == 1:  # biases, and the weights of norms
+                parameter.fill_(0 if name.endswith("bias") else 1)
+            else:
+                parameter.normal_(0, self.cfg.init_std)
 
     @property
     def dec_id(self) -> int:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from data import UserError, read_json, say_sentence
 from formats import (
@@ -112,7 +113,7 @@ def match(
             continue
         used.update(keys)
         try:
-            shape = row.transform(*(torch.empty(shape_of(source, theirs[key]), device="meta") for key in keys)).shape
+            shape = row.transform(*(outline(shape_of(source, theirs[key])) for key in keys)).shape
         except RuntimeError:  # they do not even fit to each other
             shape = [tuple(shape_of(source, theirs[key])) for key in keys]
         if shape != parameter.shape:
@@ -133,6 +134,12 @@ def match(
     account += [f"{n} ignored ({why})" for why, n in ignored.items()]
     account += [f"{n} fresh ({why})" for why, n in fresh.items()]
     return plan, f"{what}: {', '.join(account)}"
+
+
+def outline(shape: Iterable[int]) -> Tensor:
+    """A tensor of that shape without memory behind it, to see what a transform makes of the shape. Not on the meta
+    device: to add or join there, PyTorch imports its compiler, which takes longer than to load a model."""
+    return torch.empty((), dtype=torch.bfloat16).expand(shape)
 
 
 def find_row(table: Table, ours: str, theirs: Mapping[str, str]) -> tuple[Row | None, list[str]]:
@@ -274,6 +281,16 @@ def sha256(paths: list[Path]) -> str:
 # --- building the parts ----------------------------------------------------------------------------------------------
 
 
+class NothingDrawn(TorchFunctionMode):
+    """Inside, no random values are drawn: those that a file replaces take four times as long to draw as the file to
+    read; and to draw on the meta device, PyTorch imports its compiler."""
+
+    DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function in self.DRAWS else function(*args, **(kwargs or {}))
+
+
 def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
     """Architecture and key table of an encoder folder, with all its published blocks, from its config.json."""
     config = read_json(folder / "config.json")
@@ -364,8 +381,10 @@ def load_vit(
         )
     cfg = replace(cfg, depth=depth if last_block else depth - 1)
     if not paths:
-        random = ViT(cfg).to(dtype)
-        return random, f"vit {name}: RANDOM WEIGHTS, for dry runs and benchmarks only", paths
+        with NothingDrawn():
+            vit = ViT(cfg)
+        vit.init_weights()
+        return vit.to(dtype), f"vit {name}: RANDOM WEIGHTS, for dry runs and benchmarks only", paths
     if not paths[0].exists():
         raise UserError(f"{paths[0]} does not exist: expected the weights of {name}")
     if not last_block:
@@ -374,7 +393,7 @@ def load_vit(
     tensors = open_tensors(paths)
     if any(key.startswith("visual_encoder.") for key in tensors):
         cfg, table = lavis_vit_config(name, tensors), LAVIS_VITS[name]
-    with torch.device("meta"):
+    with torch.device("meta"), NothingDrawn():
         vit = ViT(cfg)
     return vit, load(vit, tensors, table, f"vit {spec}", dtype, device), paths
 
@@ -400,6 +419,19 @@ def bert_config(folder: Path) -> dict:
     )
 
 
+def build_qformer(
+    cfg: QFormerConfig, fresh: dict[str, str], prefix: str = "", device: str | torch.device = "cpu"
+) -> QFormer:
+    """A Q-Former for a file to fill; only what the file's format lacks is drawn here.
+
+    fresh: see `formats.Table`; its patterns are of names that begin with `prefix`.
+    """
+    with torch.device(device), NothingDrawn():
+        qformer = QFormer(cfg)
+    qformer.init_weights([name for name, _ in qformer.named_parameters() if first_match(fresh, prefix + name)])
+    return qformer
+
+
 def load_bert(folder: str, **overrides) -> tuple[QFormer, str, list[Path]]:
     """A Q-Former that starts as the BERT in `folder` (paper 3.1) -> it, the account, and the files it came from."""
     path = Path(folder)
@@ -407,7 +439,7 @@ def load_bert(folder: str, **overrides) -> tuple[QFormer, str, list[Path]]:
         raise UserError(
             f"--bert {folder} does not exist: expected a BERT folder with config.json and model.safetensors"
         )
-    qformer = QFormer(QFormerConfig(**{**bert_config(path), **overrides}))
+    qformer = build_qformer(QFormerConfig(**{**bert_config(path), **overrides}), BERT.fresh)
     paths = weight_files(path)
     account = load(qformer, open_tensors(paths), BERT, f"bert {folder}")
     copy_text_ffn_to_queries(qformer)
@@ -541,11 +573,12 @@ def load_llm(
     cfg, table = llm_config(spec)
     if act is not None:
         cfg = replace(cfg, act=act)
-    with torch.device("meta"):
+    with torch.device("meta"), NothingDrawn():
         llm = build_llm(cfg)
     check_llm_dtype(llm, dtype, spec)
     if not Path(spec).is_dir():
-        llm = build_llm(cfg)
+        with NothingDrawn():
+            llm = build_llm(cfg)
         llm.init_weights()
         return llm.to(device, dtype), f"llm {spec}: RANDOM WEIGHTS, for dry runs and benchmarks only", []
     paths = weight_files(Path(spec))

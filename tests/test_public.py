@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,31 @@ def test_retrieval_scores_are_those_of_transformers(tmp_path, caplog):
     for model in (ours, Blip2.from_pretrained(tmp_path / "run")):
         with pytest.raises(UserError, match="lacks the head that writes captions"):
             model.caption(images)
+
+
+def test_to_caption_a_picture_pytorchs_compiler_is_not_imported():
+    """It takes longer than to open a model; arithmetic and random numbers on the meta device bring it."""
+    code = (
+        "import sys; from blip2 import TINY, Blip2; from data import open_picture; model = Blip2.from_pretrained("
+        "TINY / 'blip2'); model.caption(open_picture(TINY / 'picture.png')); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_file_lacks_is_drawn_and_nothing_is_left_without_a_value(kind, tmp_path, monkeypatch):
+    """Memory that nobody has written to is full of NaN here."""
+    random_blip2(kind, tmp_path)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = Blip2.from_pretrained(tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    head = model.qformer.lm_head  # no public file has it
+    assert 0.015 < head.dense.weight.std() < 0.025
+    assert (head.ln.weight == 1).all() and not head.dense.bias.any() and not head.bias.any()
 
 
 @pytest.mark.parametrize("kind", LLMS)
