@@ -447,10 +447,9 @@ def test_two_processes_train_like_one(tmp_path, run_train, objectives, cut):
         for key in (*objectives.split(","), "norm", "temperature"):
             assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    for name in weights[0]:  # four steps of AdamW move a weight by up to 4e-3; rounding, where its gradient is 0, less
-        torch.testing.assert_close(
-            weights[0][name], weights[1][name], rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    for name in weights[0]:  # in four steps of AdamW it moves by up to 4e-3; where its gradient is 0, by rounding alone
+        difference = (weights[0][name] - weights[1][name]).abs().mean().item()
+        assert difference < 5e-5, f"{name} differs by {difference:.1e}"
 
 
 # --- what is printed
