@@ -159,6 +159,11 @@ def random_crop(width: int, height: int, rng: np.random.Generator) -> Box:
 NOTHING = re.compile(r'[\s.!"()*#:;~]*')  # of which `clean_caption` leaves nothing
 
 
+def is_text(thing) -> bool:
+    """Is it a string of which something is left when it is cleaned, and no broken half of a character?"""
+    return isinstance(thing, str) and not NOTHING.fullmatch(thing) and not re.search("[\ud800-\udfff]", thing)
+
+
 def clean_caption(caption: str, max_words: int = 50) -> str:
     """The original's caption cleaning: lower case, `. ! " ( ) * # : ; ~` to spaces, single spaces, at most 50 words."""
     caption = re.sub(r'[.!"()*#:;~]', " ", caption.lower())
@@ -432,9 +437,11 @@ class Annotations:
                 continue
             texts = record.get(what, [])
             texts = texts if isinstance(texts, list) else [texts]
-            empty = not texts and self.need_texts
-            if empty or not all(isinstance(text, str) and not NOTHING.fullmatch(text) for text in texts):
-                problems.append(f"record {number} ({record['image']}) has an empty {what}: write one, or take it out")
+            kind = what if not all(map(is_text, texts)) or (self.need_texts and not texts) else None
+            if kind is None and self.asks and not is_text(record[needed]):
+                kind = needed
+            if kind:
+                problems.append(f"record {number} ({record['image']}) has an empty {kind}: write one, or take it out")
                 continue
             self.texts += 1 if self.asks else len(texts)
             self.unanswered += self.asks and not texts
@@ -963,7 +970,11 @@ def check(args: argparse.Namespace) -> None:
     for file in map(Path, args.annotations):
         name, records = open_records(file, args.split)
         folders = [Path(folder) for folder in args.images or [file.parent]]
-        records = [record for record in records if isinstance(record, dict) and isinstance(record.get("image"), str)]
+        whole = [isinstance(record, dict) and isinstance(record.get("image"), str) for record in records]
+        if not all(whole):
+            bad = [json.dumps(record) for record, fine in zip(records, whole) if not fine]
+            problems[f'{file}: records without "image"'] = bad
+        records = [record for record, fine in zip(records, whole) if fine]
         paths = list(dict.fromkeys(str(find_file(folders, record["image"])) for record in records))
         where = ", ".join(map(str, folders))
         print(f"{file}: {name}, {len(records):,} records, {len(paths):,} photos in {where}", flush=True)
@@ -1010,8 +1021,8 @@ def text_problems(records: list[dict], texts: Texts | None, limit: int) -> dict[
         read = [record["question"]] if asks else said
         if not said and not is_test:
             found.setdefault(f"without {'an answer' if asks else 'a caption'}", []).append(json.dumps(record))
-        for text in said:
-            if not isinstance(text, str) or NOTHING.fullmatch(text):
+        for text in said + ([record["question"]] if asks else []):
+            if not is_text(text):
                 found.setdefault("with an empty text", []).append(json.dumps(record))
         for text, ids in zip(read, texts.encode([str(text) for text in read]) if texts and read else []):
             if len(ids) > limit:
@@ -1030,11 +1041,11 @@ def convert(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist, make it first")
+    texts = sum(len(record.get("caption", ["one question"])) for record in records)
+    what = "questions" if "question" in records[0] else "captions"
     partial = out.with_name(f".{out.name}.tmp")
     partial.write_text(json.dumps(records) + "\n", encoding="utf-8")
     os.replace(partial, out)
-    texts = sum(len(record.get("caption", ["one question"])) for record in records)
-    what = "questions" if "question" in records[0] else "captions"
     print(f"{args.file}: {name}, {len({record['image'] for record in records}):,} photos, {texts:,} {what}")
     print(f"written to {out}; the photos: {records[0]['image']}, ... (pass their folder as --images)")
 

@@ -10,6 +10,7 @@ answers gives records without "answer". `LAYOUTS` lists what is known; which one
 """
 
 import csv
+import io
 import json
 import os
 import re
@@ -129,7 +130,7 @@ def regions(content, path, split, answers):
 
 FLICKR_LINE = re.compile(r"(?P<image>\S+)#\d+\t(?P<caption>.*)")
 FLICKR_ROW = re.compile(
-    r"(?P<image>[^|]+)\|\s*\d+\s*\|?\s*(?P<caption>.*)"
+    r"(?P<image>[^|\n]+)\|\s*\d+\s*\|?\s*(?P<caption>.*)"
 )  # a row of the real file lacks its second |
 
 
@@ -266,7 +267,8 @@ def tidy(record):
 def table(content, path, split, answers):
     """A table with a header: a row is a record."""
     header = content.split("\n", 1)[0]
-    rows = csv.DictReader(content.splitlines(), delimiter="\t" if "\t" in header else ",", skipinitialspace=True)
+    rows = io.StringIO(content, newline="")  # a quoted cell may hold line ends
+    rows = csv.DictReader(rows, delimiter="\t" if "\t" in header else ",", skipinitialspace=True)
     return [tidy({key: value for key, value in row.items() if key and value}) for row in rows]
 
 

@@ -144,6 +144,7 @@ def rouge_l(captions: list[list[str]], references: list[list[list[str]]]) -> flo
     scores = []
     for words, texts in zip(captions, references, strict=True):
         # What comes as a string is split at spaces in the original: an empty caption is one empty word.
+        texts = [text or [""] for text in texts]
         shared = [longest_common(words or [""], text) for text in texts]
         precision = max(n / max(1, len(words)) for n in shared)
         recall = max(n / len(text) for n, text in zip(shared, texts))

@@ -10,9 +10,10 @@ from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 from test_data import write_photos
 
+import data
 import eval as evaluation
 import train
-from data import UserError, open_picture, say_sentence
+from data import Annotations, UserError, open_picture, say_sentence
 from vit import PRESETS, ViTConfig
 
 
@@ -75,6 +76,31 @@ def test_jsonl_with_a_broken_line(train_says, tmp_path):
 def test_empty_caption(train_says, tmp_path, caption):
     said = train_says("--data", str(write_photos(tmp_path, caption=caption)))
     assert "record 0 (0.png) has an empty caption: write one, or take it out" in said
+
+
+@pytest.mark.parametrize(
+    "changes, kind",
+    [
+        ({"question": None}, "question"),
+        ({"question": "..."}, "question"),
+        ({"question": ["what?"]}, "question"),
+        ({"question": "what?", "answer": ["\ud83d"]}, "answer"),  # half of a character
+        ({"caption": "\ud83d"}, "caption"),
+    ],
+)
+def test_what_is_no_text_is_refused_before_training_and_told_by_check(tmp_path, capsys, changes, kind):
+    path = write_photos(tmp_path, 2)
+    asks = "question" in changes
+    records = [
+        record | ({"question": "is it?", "answer": "yes"} if asks else {}) for record in json.loads(path.read_text())
+    ]
+    path.write_text(json.dumps([records[0] | changes, records[1], {"caption": "of nothing"}][: 3 - asks]))
+    with pytest.raises(UserError, match=f"record 0 .0.png. has an empty {kind}"):
+        Annotations(path, questions=asks)
+    with pytest.raises(SystemExit):
+        data.main(["check", str(path), "--workers", "0"])
+    said = capsys.readouterr().out
+    assert "with an empty text: 1" in said and ('records without "image": 1' in said) == (not asks)
 
 
 def test_missing_and_truncated_photos_stop_the_run_above_one_per_cent(train_says, tmp_path, capsys):

@@ -145,6 +145,11 @@ def test_a_published_file_becomes_records(name, tmp_path, capsys):
     assert opened.record(0) == again.record(0)
 
 
+def test_tables_keep_the_line_ends_and_bars_in_their_captions(tmp_path):
+    table = write(tmp_path, "a.csv", 'image,caption\na.jpg,"a dog\nthat runs"\nb.jpg,a | 3 cats\n')
+    assert [record["caption"] for record in open_records(table)[1]] == [["a dog\nthat runs"], ["a | 3 cats"]]
+
+
 @pytest.mark.parametrize(
     "content, second, sentence",
     [

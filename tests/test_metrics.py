@@ -123,6 +123,7 @@ def test_rouge_by_hand():
     assert rouge_l([caption], [[reference]]) == pytest.approx(0.75)  # three of four words, both ways
     assert rouge_l([reference], [[caption, reference]]) == pytest.approx(1)
     assert rouge_l([["cat"]], [[reference]]) == 0
+    assert rouge_l([caption], [[[], reference]]) == pytest.approx(0.75)  # a person wrote "?", of which no word is left
 
 
 # What the tokenizer of the COCO evaluation (Stanford's PTBTokenizer 3.4.1, pycocoevalcap's list of punctuation) makes
