@@ -339,6 +339,9 @@ def transformers_twin(model: Blip2) -> nn.Module:
         text |= dict(eos_token_id=model.llm_texts.end_id, pad_token_id=model.llm_texts.pad_id)
         config |= {"image_token_index": llm.vocab_size - 1, "text_config": text}  # a word that no text has
     twin = getattr(transformers, config.pop("architectures")[0])(transformers.Blip2Config(**config))
+    if not retrieval and not opt:  # whatever its configuration says, T5's head is tied to its words
+        head = twin.language_model.lm_head
+        head.weight = nn.Parameter(head.weight.detach().clone())
     table, vision = HF_RETRIEVAL if retrieval else HF_BLIP2, weights.unload(model.vit, HF_BLIP2_VIT)
     grid = model.image_size // model.vit.cfg.patch_size
     vision["embeddings.position_embedding"] = model.vit.positions(grid, grid)
@@ -915,8 +918,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side")
     parser.add_argument("--queries", type=int, default=32)
     parser.add_argument("--dropout", type=float, default=0.1, help="of the Q-Former, in training")
-    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     parser.add_argument(
         "--itc-batch", type=int, default=0, help="stage1: ITC over so many, in micro-batches of --batch"
     )
@@ -936,6 +939,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """The command line."""
     args = parse(argv)
+    for name in ("batch", "words", "texts", "new_tokens", "beams", "image_size", "queries", "repeats"):
+        if (got := getattr(args, name)) is not None and got < 1:
+            raise UserError(f"got --{name.replace('_', '-')} {got}, expected at least 1")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise UserError(f"--json {args.json}: the folder {Path(args.json).parent} does not exist, make it first")
     if args.compile and args.what not in ("stage1", "stage2"):
         raise UserError(f"--compile is of training, {args.what} is not compiled: leave it out")
     if args.itc_batch and (args.what != "stage1" or args.vs):

@@ -53,14 +53,18 @@ def test_matching_has_the_flops_of_the_formula(photos, texts):
     assert found == pytest.approx(bench.retrieval_flops(model, photos, texts, 8), rel=1e-9)
 
 
-@pytest.mark.parametrize("what", ["stage1", "stage2", "generate", "retrieval"])
-def test_the_command_line_measures_and_writes(what, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "what, llm",
+    [(what, "opt") for what in ("stage1", "stage2", "generate", "retrieval")] + [("stage2", "t5"), ("generate", "t5")],
+)
+def test_the_command_line_measures_and_writes(what, llm, tmp_path, capsys, monkeypatch):
     """On the tiny parts, beside transformers: the same results, and all numbers in the file."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(bench, "peak_flops", lambda device, dtype: 1e9)
     out = tmp_path / "numbers.json"
-    sizes = ["--vit", "assets/tiny/vit", "--bert", "assets/tiny/bert", "--llm", "assets/tiny/opt", "--image-size", "64"]
-    small = ["--batch", "2", "--texts", "3", "--new-tokens", "4", "--queries", "8", "--warmup", "1", "--repeats", "1"]
+    sizes = ["--vit", "assets/tiny/vit", "--bert", "assets/tiny/bert", "--llm", f"assets/tiny/{llm}"]
+    sizes += ["--image-size", "64"]
+    small = ["--batch", "4", "--texts", "3", "--new-tokens", "4", "--queries", "8", "--warmup", "1", "--repeats", "1"]
     bench.main([what, *sizes, *small, "--precision", "fp32", "--vs", "transformers", "--json", str(out)])
     assert str(tmp_path) not in out.read_text()  # the numbers are to be shown to others
     numbers = json.loads(out.read_text())["numbers"]
@@ -87,6 +91,12 @@ def test_it_measures_a_comparison_in_two_passes_and_what_compiling_gains(monkeyp
 def test_what_does_not_go_together_gets_a_sentence(flags):
     with pytest.raises(UserError, match="leave it"):
         bench.main(flags)
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--beams", "--repeats", "--image-size"])
+def test_sizes_of_nothing_get_a_sentence(flag):
+    with pytest.raises(UserError, match=f"got {flag} 0, expected at least 1"):
+        bench.main(["generate", flag, "0"])
 
 
 def count_bytes(rank: int) -> None:
