@@ -91,12 +91,6 @@ PRESETS = {
 }
 
 
-def trained_losses(checkpoint: Path) -> str:
-    """With which losses a run was trained; all three, if it does not say so."""
-    config = read_json(checkpoint / "config.json") if checkpoint.is_dir() else {}
-    return config.get("train", {}).get("losses", "itc,itm,itg")
-
-
 # What is asked when nothing else is, about the picture that ships with the code.
 PICTURE = os.path.relpath(TINY / "picture.png")
 FIRST_QUESTIONS = ("how many shapes are there?", "what color is the star?", "is the cross small or large?")
@@ -131,7 +125,8 @@ def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
         images = model.encode_image(pictures)
         if args.attention:
             attend_to(model, open_picture(path), args)
-        said = {} if args.question or args.prompt else {"caption": model.caption(images, **decoding)}
+        drawn_only = args.attention and "itg" in model.sources.get("lacks", ())
+        said = {} if args.question or args.prompt or drawn_only else {"caption": model.caption(images, **decoding)}
         if args.prompt:
             said[args.prompt] = model.ask(images, args.prompt, template="{}", **decoding)
         said |= {question: model.ask(images, question, **decoding) for question in questions}
@@ -205,6 +200,7 @@ def features(model: Blip2, args: argparse.Namespace) -> None:
     names = {"images": json.dumps([path.name for path in paths]), "texts": json.dumps(texts)}
     if world()[0] == 0:
         save_file(found, args.out, metadata=names)
+        os.chmod(args.out, 0o644)  # safetensors lets only the owner read its files
     say(*(f"{name} {tuple(tensor.shape)}" for name, tensor in found.items()), f"written to {args.out}")
 
 
@@ -368,11 +364,11 @@ def run_preset(model: Blip2, args: argparse.Namespace, preset: dict, changed: di
         how["candidates"] = read_candidates(args.candidates)
         resolved["candidates"] = hashlib.sha256(json.dumps(how["candidates"]).encode()).hexdigest()
     if args.command == "retrieval":
-        how["match"] = "itm" in trained_losses(Path(args.checkpoint))
+        how["match"] = "itm" not in model.sources.get("lacks", ())
     said = {"preset": {"name": args.preset, "changed": sorted(changed), **resolved}}
     said |= origin(model, Path(args.checkpoint), photos, args.data or ["shapes"])
     say(f"preset {args.preset}: " + ", ".join(f"{key} {value!r}" for key, value in resolved.items() if key != "task"))
-    kept = Kept(partial_folder(args.out, said) if args.out else None)
+    kept = Kept(partial_folder(args.out, said | {"photos": photos.fingerprint()}) if args.out else None)
     evaluate = {"retrieval": retrieval, "captions": captioning, "vqa": vqa}[args.command]
     result = said | evaluate(model, photos, workers=loaders(args), kept=kept, **how)
     if getattr(args, "predictions", None) and world()[0] == 0:

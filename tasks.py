@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections import Counter
+from functools import cached_property
 from itertools import permutations
 from pathlib import Path
 
@@ -59,7 +60,7 @@ from metrics import (
     rouge_l,
     vqa_accuracy,
 )
-from weights import sha256
+from weights import sha256, weight_files
 
 K_RERANK = 128  # the original's and, by its code, the paper's
 PHOTOS, TEXTS = 64, 256  # in a batch
@@ -97,7 +98,11 @@ class Gallery:
             self.texts += captions
             owner += [number[image_id]] * len(captions)
         self.owner = torch.tensor(owner)
-        self.positives = torch.arange(len(self.rows))[:, None] == self.owner  # (N, M)
+
+    @cached_property
+    def positives(self) -> torch.Tensor:
+        """(N, M) bool: of which photo each text is. Only retrieval needs so much memory."""
+        return torch.arange(len(self.rows))[:, None] == self.owner
 
     def captions(self) -> list[list[str]]:
         """Those of each photo."""
@@ -170,7 +175,7 @@ class Kept:
         barrier()  # nobody writes before all have read
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = folder / f"{world()[0]}-{os.getpid()}.jsonl"  # a new one: the last line of an old may be cut
+            self.file = folder / f"{world()[0]}-{time.time_ns()}.jsonl"  # a new one: the last line of an old may be cut
 
     def add(self, name: str, result) -> None:
         """Keep the result of a batch, which JSON must be able to hold."""
@@ -773,7 +778,7 @@ REPORTS = {
 
 def origin(model: Blip2, checkpoint: Path, photos: Mixture, files: list[str]) -> dict:
     """Of which weights and data a result is, by their hashes, and how it was computed."""
-    parts = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*.safetensors"))
+    parts = [checkpoint] if checkpoint.is_file() else weight_files(checkpoint)
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.amp_dtype)
     return {
         "checkpoint": str(checkpoint),
