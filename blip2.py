@@ -411,7 +411,8 @@ class Blip2(nn.Module):
     def load_trained(self, folder: str | Path) -> None:
         """Everything but the frozen parts, from a folder that `save_pretrained` has written; strict."""
         rows = [formats.Row((name,), name) for name in self.trained_state()]
-        table = formats.Table(rows, fresh={r"vit\..*|llm\..*": "the frozen parts"})
+        frozen = r"llm\..*" if self.vit_trained else r"vit\..*|llm\..*"
+        table = formats.Table(rows, fresh={frozen: "the frozen parts"})
         weights.load(self, weights.open_tensors([Path(folder) / "model.safetensors"]), table, str(folder))
 
     def save_pretrained(self, folder: str | Path, home: str | Path | None = None, **extra) -> None:
@@ -454,7 +455,8 @@ class Blip2(nn.Module):
             llm = {"llm": relative(self.sources["llm"], home), "llm_sha256": self.frozen_sha256("llm")}
             config |= {**llm, "llm_act": self.sources["llm_act"], "template": self.template}
             config |= {"prompt": self.prompt, "conditioned": self.conditioned}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / ".config.partial").write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(folder / ".config.partial", folder / "config.json")
 
     # --- precision and freezing --------------------------------------------------------------------------------------
 
@@ -770,6 +772,8 @@ class Blip2(nn.Module):
         """Photos (paths, Pillow pictures, uint8 (H, W, 3) arrays, (N, 3, H, W) tensors; one or a list) -> features."""
         if isinstance(images, EncodedImages):
             return images
+        if not is_single(images) and not len(images):
+            raise UserError("got no photos, expected at least one")
         parts = []
         for pixels in batches_of(images, batch_size):
             if not isinstance(pixels, Tensor):
@@ -892,8 +896,13 @@ class Blip2(nn.Module):
             raise UserError(f"got the prompt {prompt!r} for a model without a language model: leave it out")
         elif "itg" in self.sources.get("lacks", ()):
             raise UserError(
-                f"{self.sources['vit']} lacks the head that writes captions (ITG), as all public checkpoints for "
-                "retrieval: open one with a language model"
+                "the head that writes captions (ITG) is not trained here, as in runs of other --losses and in all "
+                "public checkpoints for retrieval: open one with a language model"
+            )
+        elif max_new_tokens > self.qformer.cfg.max_positions:
+            raise UserError(
+                f"got max_new_tokens {max_new_tokens}, expected at most {self.qformer.cfg.max_positions}, as many "
+                "as the BERT of the Q-Former has positions"
             )
         else:
             captions = []
@@ -931,8 +940,8 @@ class Blip2(nn.Module):
         images, questions, template: see `ask`, whose shape the result has. The order is by the summed log-probability;
         the photo and the question run through the language model once for all candidates.
         """
-        if not candidates:
-            raise UserError("got no candidates to rank, expected a list of at least one answer")
+        if not candidates or isinstance(candidates, str):
+            raise UserError(f"got the candidates {candidates!r} to rank, expected a list of at least one answer")
         self.need_llm()
         encoded = self.encode_image(images)
         asked = Asked(questions, None if is_single(images) else len(encoded.tokens))
@@ -951,6 +960,8 @@ class Blip2(nn.Module):
 
         A photo (and the prompt behind it) runs through the language model once for all texts.
         """
+        if not texts:
+            raise UserError("got no text to score, expected at least one")
         self.need_llm()
         encoded = self.encode_image(images)
         rows, texts = list(range(len(encoded.tokens))), [texts] if isinstance(texts, str) else list(texts)
@@ -1046,7 +1057,7 @@ def is_question(entry) -> bool:
 
 def is_single(images) -> bool:
     """One picture that is not in a list."""
-    return isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim == 3)
+    return isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
 
 
 def local_device(wanted: str = "auto") -> torch.device:

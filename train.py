@@ -98,7 +98,7 @@ class TrainConfig:
     images: list[str] = field(default_factory=list)  # folders of the photos, if not beside the file; may be repeated
     val_data: str = ""  # annotations to validate on
     val_photos: int = 0  # or: hold out this many photos of --data
-    out: str = ""  # folder of the run; runs/stage1 or runs/stage2 if not given
+    out: str = ""  # folder of the run; runs/stage1, runs/stage2, runs/caption, ... if not given
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # throw away the run in --out
     losses: str = ",".join(OBJECTIVES)  # stage 1, retrieval: which of itc,itm,itg; itc is always needed
@@ -273,6 +273,8 @@ def complete(cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, str]:
     name = f"{'' if cfg.stage in FINE_TUNING else 'stage '}{cfg.stage}, {name}"
     recipe = RECIPES[name] | ({"epochs": None} if "steps" in given else {"steps": None} if "epochs" in given else {})
     recipe = {key: value for key, value in recipe.items() if key not in given | inherited.keys() and value is not None}
+    if "min_lr" in recipe:  # the rate never rises again
+        recipe["min_lr"] = min(recipe["min_lr"], recipe.get("lr", cfg.lr))
     chosen = f'recipe "{name}", because {why}: ' + ", ".join(f"{key} {show(value)}" for key, value in recipe.items())
     if inherited:
         chosen += f"\nfrom {cfg.init}: " + ", ".join(f"{key} {value}" for key, value in inherited.items())
@@ -344,12 +346,13 @@ def check(cfg: TrainConfig) -> None:
         (
             "losses",
             cfg.losses,
-            set(objectives) <= set(OBJECTIVES) and "itc" in objectives,
+            set(objectives) <= set(OBJECTIVES) and "itc" in objectives and len(set(objectives)) == len(objectives),
             "itc, with itm and itg or without",
         ),
         ("precision", cfg.precision, cfg.precision in ("auto", *PRECISIONS), "auto, fp32, bf16 or fp16"),
         ("device", cfg.device, cfg.device in ("auto", "cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
         ("lr", cfg.lr, cfg.lr > 0, "above 0"),
+        ("min_lr", cfg.min_lr, cfg.min_lr <= cfg.lr, f"at most --lr {cfg.lr:g}"),
         ("clip", cfg.clip, cfg.clip > 0, "above 0"),
         ("beta2", cfg.beta2, 0 <= cfg.beta2 < 1, "0 or more, and below 1"),
         ("dropout", cfg.dropout, 0 <= cfg.dropout < 1, "0 or more, and below 1"),
@@ -566,7 +569,8 @@ def gigabytes_used(device: torch.device) -> float:
 def save_checkpoint(
     run: Path, step: int, model: Blip2, train_state: dict, cfg: TrainConfig, is_best: bool = False
 ) -> None:
-    """Write run/step-NNNNNN/ whole or not at all, show it as the run's latest, drop those beyond --keep.
+    """Write run/step-NNNNNN/ whole or not at all, show it as the run's latest, drop those beyond --keep. What is there
+    already, of the same step before its validation, gets a new state only.
 
     Called on all processes, because each adds the state of its random numbers; the first one writes.
     """
@@ -578,30 +582,32 @@ def save_checkpoint(
         return
     folder = run / f"step-{step:06d}"
     partial = run / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, home=folder, train=asdict(cfg), step=step)
-    torch.save({**train_state, "step": step, "rng": rngs}, partial / "train_state.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    source = folder if folder.exists() else partial
+    if source == partial:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, home=folder, train=asdict(cfg), step=step)
     texts = ("tokenizer.json",) if model.texts is not None else ()
+    if is_best:  # before the state says so
+        (run / "best").mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors", *texts):  # config: both folders are as deep
+            link(source / name, run / "best" / name)
+    torch.save({**train_state, "step": step, "rng": rngs}, source / ".train_state.partial")
+    os.replace(source / ".train_state.partial", source / "train_state.pt")
+    if source == partial:
+        os.replace(partial, folder)
     for name in ("model.safetensors", "train_state.pt", *texts):
         link(folder / name, run / name)
     model.write_config(run, train=asdict(cfg), step=step)
-    if is_best:
-        best = run / ".best.partial"
-        shutil.rmtree(best, ignore_errors=True)
-        best.mkdir()
-        for name in ("config.json", "model.safetensors", *texts):  # config: both folders are as deep
-            link(folder / name, best / name)
-        shutil.rmtree(run / "best", ignore_errors=True)
-        os.replace(best, run / "best")
     for old in checkpoints(run)[: -cfg.keep]:
         shutil.rmtree(old)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    return sorted(run.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted(
+        (folder for folder in run.glob("step-*") if folder.name.removeprefix("step-").isdigit()),
+        key=lambda folder: int(folder.name.removeprefix("step-")),
+    )
 
 
 def link(source: Path, target: Path) -> None:
@@ -677,7 +683,7 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     rank, size = world()
 
     # --- a new run, or an old one
-    run = Path(cfg.out or f"runs/stage{cfg.stage}")
+    run = Path(cfg.out or "runs/" + (cfg.stage if cfg.stage in FINE_TUNING else f"stage{cfg.stage}"))
     cfg, folder, resumed = resume(run, cfg, given) if cfg.resume else begin(run, cfg, given)
     check(cfg)
     objectives = ("lm",) if cfg.stage in WITH_LLM else tuple(cfg.losses.split(","))
@@ -731,14 +737,37 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
     words = (model.qformer if model.llm is None else model.llm).cfg.vocab_size
     bounds = loss_bounds(objectives, cfg.itc_batch or micro_batch * size, words)
     say("behind each loss: the least that label smoothing allows, and what knowing nothing gives")
-    if rank == 0 and not resumed and any(run.glob("step-*")):  # --overwrite: only now, when nothing has been refused
+    if rank == 0 and not resumed and checkpoints(run):  # --overwrite: only now, when nothing has been refused
         shutil.rmtree(run)
     log = Log(run, start, asdict(cfg), f"{device}, {precision}")
     unreadable: dict[str, str] = {}  # photos, and why; of this process, since the last line of the log
     named: set[str] = set()  # those of all processes that have been told
-    pending, waited_s, window_s = [], 0.0, time.perf_counter()
+    pending, waited_s = [], 0.0
+
+    # --- checkpoint and validation
+    def save(step: int, best: float, is_best: bool = False) -> None:
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "trained_s": trained_s}
+        save_checkpoint(run, step, model, {**state, "best": best}, cfg, is_best)
+
+    def validates(step: int) -> bool:
+        return val is not None and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
+
+    def validate(step: int, best: float) -> float:
+        """-> the best score so far; the model that has it is in best/."""
+        with model.uncompiled():
+            result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
+            name, score = headline(result)
+            say(validation_lines(model, val, result, name, score, score > best))
+        if score > best:
+            save(step, score, is_best=True)
+        log.write({"step": step, "validation": result, name.replace(" ", "_"): score})
+        return max(score, best)
+
+    if resumed and validates(start) and not gather_objects(start in log.validated)[0]:
+        best = validate(start, best)  # it had been stopped before
 
     # --- the loop
+    window_s = time.perf_counter()
     for step in range(start + 1, cfg.steps + 1):
         set_lr(optimizer, lr := lr_at(step, cfg))
         asked = time.perf_counter()
@@ -752,10 +781,9 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
         cut = sum(batch.truncated for batch in micro_batches)
         pending.append((lr, losses, norm, model.temperature.detach().clone(), cut))
         due = step % cfg.log_every == 0 or step == cfg.steps
-        validates = val is not None and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
         saves = step % cfg.save_every == 0 or step == cfg.steps
         stopping = bool(all_sum(torch.tensor(float(stop.asked))))  # on the CPU: the host does not wait for the device
-        if not (due or validates or saves or stopping):
+        if not (due or validates(step) or saves or stopping):
             continue
         rows = read_numbers(pending, objectives, cfg, step, scaled=scaler.is_enabled())
         now = time.perf_counter()
@@ -773,23 +801,14 @@ def train(cfg: TrainConfig, given: set[str], stop: "StopAsked") -> dict | None:
         say(log_line(step, cfg, rows[-1], bounds, (cfg.steps - step) * cfg.batch / speed))
         pending, waited_s = [], 0.0
 
-        # --- checkpoint and validation
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "trained_s": trained_s}
         if saves or stopping:  # first of all, so that whatever happens to the validation costs nothing
-            save_checkpoint(run, step, model, {**state, "best": best}, cfg)
+            save(step, best)
         if stopping:
             launch = "python" if size == 1 else f"torchrun --nproc_per_node {size}"
             say(f"stopped at step {step}, saved; go on with: {launch} train.py --resume --out {run}")
             return None
-        if validates:
-            with model.uncompiled():
-                result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
-                name, score = headline(result)
-                say(validation_lines(model, val, result, name, score, score > best))
-            log.write({"step": step, "validation": result, name.replace(" ", "_"): score})
-            if score > best:
-                best = score
-                save_checkpoint(run, step, model, {**state, "best": best}, cfg, is_best=True)
+        if validates(step):
+            best = validate(step, best)
         window_s = time.perf_counter()
 
     # --- the end
@@ -879,12 +898,17 @@ class Log:
 
     def __init__(self, run: Path, start: int, config: dict, machine: str):
         self.path = run / "log.jsonl"
+        self.validated: set[int] = set()  # steps, before `start`
         if world()[0] > 0:
             return
         run.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= start]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        lines = self.path.read_text().splitlines(keepends=True) if start and self.path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # else it was cut off
+        rows = [row for row in rows if row.get("step", 0) <= start]
+        self.validated = {row["step"] for row in rows if "validation" in row}
+        partial = self.path.with_name(".log.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(partial, self.path)
         self.write({"config": config, "machine": machine, "torch": torch.__version__, "from_step": start})
 
     def write(self, *rows: dict) -> None:
@@ -906,7 +930,9 @@ def begin(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, No
     """A new run: the recipe fills in what was not given. What `resume` returns, of which there is nothing yet."""
     cfg, chosen = complete(cfg, given)
     say(chosen)
-    if any(run.glob("step-*")) and not cfg.overwrite:
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out {run} is a file, expected a folder: pass another")
+    if checkpoints(run) and not cfg.overwrite:
         raise UserError(f"{run} holds a run: pass --resume to go on with it, --out to start another, or --overwrite")
     return cfg, None, None
 
@@ -946,8 +972,8 @@ def build_model(
             cfg.last_block, cfg.dropout, **where,
         )  # fmt: skip
         say(*accounts)
-    if cfg.stage == "2" and (model.llm is None or model.sources["llm"] != cfg.llm):
-        say(model.attach_llm(cfg.llm))
+    if cfg.stage == "2" and (model.llm is None or os.path.realpath(model.sources["llm"]) != os.path.realpath(cfg.llm)):
+        say(model.attach_llm(cfg.llm), "the projection to it is new")
     if cfg.stage == "2":
         model.llm.grad_checkpointing = bool(cfg.grad_checkpointing)
     else:
@@ -967,7 +993,8 @@ def texts_of(model: Blip2, cfg: TrainConfig) -> Texts | LLMTexts | PromptedTexts
 
 
 def train_heads(model: Blip2, objectives: tuple[str, ...]) -> None:
-    """Of the heads of stage 1, train those that a loss reaches."""
+    """Of the heads of stage 1, train those that a loss reaches; a run says which it lacks."""
+    model.sources["lacks"] = [name for name in OBJECTIVES if name not in objectives]
     model.itm_head.requires_grad_("itm" in objectives)
     model.qformer.lm_head.requires_grad_("itg" in objectives)
 
@@ -1015,9 +1042,10 @@ def cache_tokens(model: Blip2, photos: Mixture, folder: Path, workers: int) -> C
     first, slots = first[order], order.argsort()[number]
     what = (encoder, model.image_size, photos.fingerprint(), len(first))
     path = folder / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.npy"
-    if not path.exists():
+    there, writer = gather_objects((path.exists(), os.getpid()))[0]  # another run may be writing the same
+    if not there:
         rank = world()[0]
-        started, partial = time.time(), folder / f".{path.stem}.partial.npy"
+        started, partial = time.time(), folder / f".{path.stem}.{writer}.partial.npy"
         tokens_each = 1 + (model.image_size // model.vit.cfg.patch_size) ** 2
         shape = (len(first), tokens_each, model.vit.cfg.width)
         say(f"caching the ViT's tokens of {len(first):,} photos in {path}, {2 * math.prod(shape) / 1e9:.1f} GB")

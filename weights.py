@@ -192,6 +192,8 @@ def unload(source: nn.Module, table: Table, without: dict[str, str] | None = Non
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
@@ -612,6 +614,8 @@ def export(model, form: str, out: Path, dtype: str) -> list[str]:
         if not model.sources.get(f"{part}_files") and not (part == "vit" and model.vit_trained):
             raise UserError(f"--{part} {model.sources[part]} has random weights, which are not worth exporting")
     unfinished = out.with_name(out.name + ".part")
+    if unfinished.exists():
+        raise UserError(f"{unfinished} is left of an export that was ended: remove it first")
     try:
         notes = {"hf": export_hf, "lavis": export_lavis, "run": export_run}[form](model, unfinished, dtype)
         unfinished.rename(out)

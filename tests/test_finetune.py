@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, random_batch, run_many, small_model, stage2_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import blip2
@@ -386,6 +386,11 @@ def test_a_run_holds_its_vit_opens_alone_and_resumes_bit_for_bit(tmp_path, runs,
     train.main(["--resume", "--out", f"{tmp_path}/cut"])
     resumed = load_file(tmp_path / "cut/model.safetensors")
     assert state.keys() == resumed.keys() and all(torch.equal(state[key], resumed[key]) for key in state)
+
+    fewer = {key: tensor for key, tensor in state.items() if ".blocks.1." not in key}
+    save_file(fewer, tmp_path / "cut/model.safetensors")
+    with pytest.raises(UserError, match="missing: nothing for vit.blocks.1."):
+        Blip2.from_pretrained(tmp_path / "cut")
 
     model = Blip2.from_pretrained(tmp_path / "whole")
     assert model.image_size == 48 and not model.trains_vit and model.vit_trained

@@ -141,7 +141,7 @@ def test_retrieval_scores_are_those_of_transformers(tmp_path, caplog):
         assert torch.allclose(ours.itc_scores(images, [text])[:, 0], contrast.logits_per_image.view(-1), atol=1e-5)
     ours.save_pretrained(tmp_path / "run")
     for model in (ours, Blip2.from_pretrained(tmp_path / "run")):
-        with pytest.raises(UserError, match="lacks the head that writes captions"):
+        with pytest.raises(UserError, match="the head that writes captions .ITG. is not trained"):
             model.caption(images)
 
 
@@ -323,7 +323,11 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path, m
         weights.export(model, "hf", tmp_path / "there", "fp32")
     with pytest.raises(UserError, match="does not exist, make it first"):
         weights.export(model, "hf", tmp_path / "no/out", "fp32")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+    (tmp_path / "mine.part").mkdir()
+    with pytest.raises(UserError, match="mine.part is left of an export"):
+        weights.export(model, "run", tmp_path / "mine", "fp32")
+    assert (tmp_path / "mine.part").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.part", "there"]
 
 
 # --- bad files: one line that names the file, and nothing is half loaded

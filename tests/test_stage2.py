@@ -1,6 +1,7 @@
 """Stage 2 and its calls: what the language model is trained on, what it is asked, and how often anything runs."""
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -233,8 +234,14 @@ def test_answers_have_the_shape_of_the_questions(kind):
         model.ask(photo, [])
     with pytest.raises(UserError, match="got 2 questions for 3 photos, expected one for all, or one"):
         model.ask(three, ["a?", "b?"])
-    with pytest.raises(UserError, match="got no candidates"):
-        model.rank(photo, "what?", [])
+    for nothing in ([], "star"):
+        with pytest.raises(UserError, match=f"got the candidates {re.escape(repr(nothing))} to rank, expected a list"):
+            model.rank(photo, "what?", nothing)
+    with pytest.raises(UserError, match="got no photos"):
+        model.ask([], "what?")
+    with pytest.raises(UserError, match="got no text to score"):
+        model.score(photo, [])
+    assert isinstance(model.ask(np.zeros((9, 9), np.uint8), "what?"), str)  # grey
 
 
 @pytest.mark.parametrize("kind", LLMS)
@@ -541,6 +548,17 @@ def test_the_text_branch_of_stage_1_is_kept_as_it_was(stage1_run, tmp_path):
             )
         )
         assert torch.equal(before[name], after[name]) == kept, name
+
+
+def test_a_run_that_goes_on_over_the_same_language_model_keeps_its_projection(stage1_run, tmp_path, capsys):
+    """However its folder is spelled."""
+    train.main([*STAGE2, "--init", stage1_run, "--steps", "1", "--out", str(tmp_path / "run")])
+    assert "the projection to it is new" in capsys.readouterr().out
+    again = ["--init", str(tmp_path / "run"), "--llm", "./assets/tiny/opt/", "--steps", "1", "--lr", "1e-9"]
+    train.main([*STAGE2, *again, "--out", str(tmp_path / "again")])
+    assert "projection to it is new" not in capsys.readouterr().out
+    one, two = (load_file(tmp_path / name / "model.safetensors")["llm_proj.weight"] for name in ("run", "again"))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
 
 def test_init_none_starts_from_bert(tmp_path):

@@ -60,6 +60,25 @@ def rows(out):
 # --- recipe, schedule, optimizer
 
 
+def test_the_learning_rate_never_rises_after_its_peak():
+    """Nor below a recipe's lowest rate, if a lower peak is asked for."""
+    cfg, _ = complete(*parse_flags(["--lr", "5e-6"]))
+    rates = [lr_at(step, cfg) for step in range(cfg.warmup, cfg.steps + 1)]
+    assert max(rates) == rates[0] and rates == sorted(rates, reverse=True)
+    with pytest.raises(train.UserError, match="got --min-lr 0.1, expected at most --lr 0.01"):
+        main([*FAST, "--lr", "0.01", "--min-lr", "0.1", "--out", "nowhere"])
+
+
+@pytest.mark.parametrize("stage, folder", [("1", "stage1"), ("2", "stage2"), ("vqa", "vqa"), ("caption", "caption")])
+def test_a_run_without_a_name_is_where_the_readme_says(stage, folder, monkeypatch):
+    def where(run, *_):
+        raise train.UserError(str(run))
+
+    monkeypatch.setattr(train, "resume", where)
+    with pytest.raises(train.UserError, match=f"^runs/{folder}$"):
+        main(["--resume", "--stage", stage])
+
+
 def test_paper_recipe_is_the_papers():
     """Section 3.4: 250k steps of 1680, AdamW (0.9, 0.98), decay 0.05, peak 1e-4, 2k warm-up, 224 pixels."""
     cfg, why = complete(*parse_flags(["--data", "coco.json"]))
@@ -283,6 +302,55 @@ def test_what_happens_to_a_validation_costs_nothing(tmp_path, monkeypatch):
     with pytest.raises(train.UserError):
         main([*FAST, "--out", str(tmp_path), "--steps", "4", "--eval-every", "2", "--save-every", "2"])
     assert (tmp_path / "step-000002/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4])
+def test_a_validation_that_a_stop_has_prevented_is_made_up_for(stopped_at, tmp_path, monkeypatch):
+    """Ctrl-C in a step that is to be validated, the last one too: the run that goes on has all validations of one that
+    was never stopped, and the same best model."""
+    both, set_lr, steps = ("image_to_text", "text_to_image"), train.set_lr, []
+
+    def better_each_time(model, photos, k=128, **_):
+        scores = {way: dict.fromkeys(("R@1", "R@5", "R@10"), len(steps)) for way in both}
+        found = dict.fromkeys(("chance", "itc", "shuffled pictures", "reranked"), scores) | dict(
+            subsets={}, mistakes=[]
+        )
+        return found | dict(task="retrieval", photos=1, texts=1, k=k, seconds=0, subsets={}, mistakes=[])
+
+    def interrupt(optimizer, lr):
+        set_lr(optimizer, lr)
+        steps.append(lr)
+        if len(steps) == stopped_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "retrieval", better_each_time)
+    monkeypatch.setattr(train, "set_lr", interrupt)
+    assert main([*FAST, "--out", str(tmp_path), *"--steps 4 --eval-every 2 --save-every 2".split()]) is None
+    main(["--resume", "--out", str(tmp_path)])
+    log = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert [row["step"] for row in log if "validation" in row] == [2, 4]
+    assert json.loads((tmp_path / "best/config.json").read_text())["step"] == 4
+
+
+def test_a_run_goes_on_beside_a_copy_of_a_checkpoint_and_behind_a_line_that_was_cut(tmp_path, run_train):
+    flags = "--steps 4 --save-every 2 --keep 2 --dropout 0".split()
+    whole = run_train(tmp_path / "whole", *flags)
+    run_train(tmp_path / "cut", *flags)
+    shutil.rmtree(tmp_path / "cut/step-000004")
+    shutil.copytree(tmp_path / "cut/step-000002", tmp_path / "cut/step-000002.bak")
+    log = tmp_path / "cut/log.jsonl"
+    log.write_text(log.read_text()[:-20])
+    again = run_train(tmp_path / "cut", "--resume")
+    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
+    assert (tmp_path / "cut/step-000002.bak").exists()
+
+
+def test_a_run_says_which_losses_it_lacks_and_writes_no_captions_without_itg(tmp_path, run_train):
+    run_train(tmp_path, "--steps", "1", "--losses", "itc,itm")
+    model = Blip2.from_pretrained(tmp_path)
+    assert model.sources["lacks"] == ["itg"]
+    with pytest.raises(train.UserError, match="is not trained here, as in runs of other --losses"):
+        model.caption("assets/tiny/picture.png")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path, run_train):
