@@ -265,7 +265,7 @@ class Blip2(nn.Module):
         sources["lacks"] = config.get("lacks", [])
         model = cls(
             encoder,
-            weights.build_qformer(QFormerConfig(**sizes), {}, device=device),
+            weights.build_qformer(QFormerConfig(**sizes), {}, device),
             Texts(folder, config["max_text_tokens"]) if config.get("text_branch", True) else None,
             config["image_size"],
             config["embed_dim"],
@@ -299,7 +299,7 @@ class Blip2(nn.Module):
         cfg = weights.hf_qformer_config(config, retrieval)
         model = cls(
             encoder,
-            weights.build_qformer(cfg, table.fresh, "qformer.", device),
+            weights.build_qformer(cfg, table.fresh, device),
             Texts(folder) if retrieval else None,
             encoder.cfg.image_size,
             config.get("image_text_hidden_size", 256),
@@ -336,7 +336,7 @@ class Blip2(nn.Module):
         texts = None if stage2 else Texts(bert)
         embed_dim = len(tensors["vision_proj.bias"]) if "vision_proj.bias" in tensors else 256
         table = formats.LAVIS_STAGE2 if stage2 else formats.LAVIS_STAGE1
-        qformer = weights.build_qformer(QFormerConfig(**sizes), table.fresh, "qformer.", device)
+        qformer = weights.build_qformer(QFormerConfig(**sizes), table.fresh, device)
         model = cls(encoder, qformer, texts, encoder.cfg.image_size, embed_dim, sources=sources)
         model.set_precision(precision, device)
         if stage2:

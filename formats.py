@@ -84,7 +84,9 @@ def add_type_0(positions: Tensor, types: Tensor) -> Tensor:
 
 def append_random_row(embedding: Tensor) -> Tensor:
     """A row for [DEC] behind BERT's words."""
-    return torch.cat((embedding, torch.empty_like(embedding[:1]).normal_(0, 0.02)))
+    row = torch.empty_like(embedding[:1])
+    row.normal_(0, 0.02)
+    return torch.cat((embedding, row))
 
 
 def append_zero(bias: Tensor) -> Tensor:

@@ -296,7 +296,9 @@ class QFormer(nn.Module):
 
         names: of the parameters that are meant, if not all.
         """
-        for name, parameter in self.named_parameters():
+        parameters = dict(self.named_parameters())
+        parameters["queries"] = parameters.pop("queries")  # last
+        for name, parameter in parameters.items():
             if names is not None and name not in names:
                 continue
             if parameter.dim() == 1:  # biases, and the weights of norms

@@ -113,7 +113,8 @@ def match(
             continue
         used.update(keys)
         try:
-            shape = row.transform(*(outline(shape_of(source, theirs[key])) for key in keys)).shape
+            with NothingDrawn():
+                shape = row.transform(*(outline(shape_of(source, theirs[key])) for key in keys)).shape
         except RuntimeError:  # they do not even fit to each other
             shape = [tuple(shape_of(source, theirs[key])) for key in keys]
         if shape != parameter.shape:
@@ -421,16 +422,14 @@ def bert_config(folder: Path) -> dict:
     )
 
 
-def build_qformer(
-    cfg: QFormerConfig, fresh: dict[str, str], prefix: str = "", device: str | torch.device = "cpu"
-) -> QFormer:
-    """A Q-Former for a file to fill; only what the file's format lacks is drawn here.
+def build_qformer(cfg: QFormerConfig, fresh: dict[str, str], device: str | torch.device = "cpu") -> QFormer:
+    """A Q-Former for the file of a whole model to fill; only what the file's format lacks is drawn here.
 
-    fresh: see `formats.Table`; its patterns are of names that begin with `prefix`.
+    fresh: see `formats.Table`.
     """
     with torch.device(device), NothingDrawn():
         qformer = QFormer(cfg)
-    qformer.init_weights([name for name, _ in qformer.named_parameters() if first_match(fresh, prefix + name)])
+    qformer.init_weights([name for name, _ in qformer.named_parameters() if first_match(fresh, f"qformer.{name}")])
     return qformer
 
 
@@ -441,7 +440,7 @@ def load_bert(folder: str, **overrides) -> tuple[QFormer, str, list[Path]]:
         raise UserError(
             f"--bert {folder} does not exist: expected a BERT folder with config.json and model.safetensors"
         )
-    qformer = build_qformer(QFormerConfig(**{**bert_config(path), **overrides}), BERT.fresh)
+    qformer = QFormer(QFormerConfig(**{**bert_config(path), **overrides}))
     paths = weight_files(path)
     account = load(qformer, open_tensors(paths), BERT, f"bert {folder}")
     copy_text_ffn_to_queries(qformer)
