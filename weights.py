@@ -138,9 +138,9 @@ def match(
 
 
 def outline(shape: Iterable[int]) -> Tensor:
-    """A tensor of that shape without memory behind it, to see what a transform makes of the shape. Not on the meta
+    """A tensor of that shape with one byte behind it, to see what a transform makes of the shape. Not on the meta
     device: to add or join there, PyTorch imports its compiler, which takes longer than to load a model."""
-    return torch.empty((), dtype=torch.bfloat16).expand(shape)
+    return torch.empty((), dtype=torch.uint8).expand(shape)
 
 
 def find_row(table: Table, ours: str, theirs: Mapping[str, str]) -> tuple[Row | None, list[str]]:
