@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import blip2
 import weights
-from blip2 import OBJECTIVES, PRECISIONS, Blip2, choose_precision, local_device, vit_dtype
+from blip2 import OBJECTIVES, PRECISIONS, TINY, Blip2, choose_precision, local_device, vit_dtype
 from data import (
     Annotations,
     Batch,
@@ -68,7 +68,6 @@ from qformer import ImageKV, Prefix, QFormer, QFormerConfig, qformer_mask
 from train import build_optimizer, gigabytes_used, keep_memory, optimize
 from vit import ViTConfig
 
-TINY = Path(__file__).parent / "assets/tiny"
 BATCHES = {"stage1": 16, "stage2": 8, "generate": 8, "retrieval": 8}
 
 

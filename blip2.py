@@ -28,7 +28,7 @@ import formats
 import weights
 from data import Batch, LLMTexts, Texts, UserError, ask_in, eval_transform, open_picture, pad, read_json, to_rgb
 from generate import generate
-from llm import OPT, T5, OPTConfig, T5Config
+from llm import LLMS
 from losses import (
     all_gather,
     all_gather_ragged,
@@ -49,7 +49,6 @@ from qformer import CaptionDecoder, ImageKV, Prefix, QFormer, QFormerConfig, pre
 from vit import ViT, ViTConfig
 
 OBJECTIVES = ("itc", "itm", "itg")
-LLMS = {OPTConfig: OPT, T5Config: T5}
 TINY = Path(__file__).parent / "assets/tiny"  # what ships with the code
 ANSWERS = dict(max_new_tokens=10, num_beams=5, length_penalty=-1.0, min_new_tokens=1)  # of paper 4.1
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -947,7 +946,11 @@ class Blip2(nn.Module):
         asked = Asked(questions, None if is_single(images) else len(encoded.tokens))
         prompts = [ask_in(template or self.template, question) for question in asked.questions]
         encoded, rows = self.seen_with(encoded, asked.rows, asked.questions)
-        total, mean = self.log_probs(encoded, rows, prompts, candidates, batch_size)
+        total, mean = torch.empty(2, len(prompts), len(candidates))
+        for worded in {bool(prompt) for prompt in prompts}:  # behind no words, a text begins in another way
+            part = [i for i, prompt in enumerate(prompts) if bool(prompt) == worded]
+            of_part = [rows[i] for i in part], [prompts[i] for i in part]
+            total[part], mean[part] = self.log_probs(encoded, *of_part, candidates, batch_size)
         ranked = [
             [Ranked(candidates[i], total[row, i].item(), mean[row, i].item()) for i in order]
             for row, order in enumerate(total.argsort(dim=1, descending=True, stable=True).tolist())
@@ -1003,7 +1006,8 @@ class Blip2(nn.Module):
     def log_probs(
         self, images: EncodedImages, rows: list[int], prompts: list[str], texts: list[str], batch_size: int
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each of M texts behind each of R prompts: summed and mean over its tokens, (R, M)."""
+        """Log-probability of each of M texts behind each of R prompts, which are all empty or all not: summed and mean
+        over its tokens, (R, M)."""
         ids = self.llm_texts.encode_texts(texts, prompts[:1] * len(texts))
         total = torch.empty(len(prompts), len(texts))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

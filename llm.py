@@ -449,6 +449,9 @@ PRESETS = {
 }
 
 
+LLMS = {OPTConfig: OPT, T5Config: T5}
+
+
 def build_llm(cfg: OPTConfig | T5Config) -> nn.Module:
     """The model of a configuration, its weights not yet set."""
-    return {OPTConfig: OPT, T5Config: T5}[type(cfg)](cfg)
+    return LLMS[type(cfg)](cfg)

@@ -245,6 +245,36 @@ def test_answers_have_the_shape_of_the_questions(kind):
 
 
 @pytest.mark.parametrize("kind", LLMS)
+def test_a_batch_ranks_as_each_alone_behind_words_and_behind_none(kind):
+    model, photos, candidates = stage2_model(kind), pictures(3), ["a star", "red"]
+    prompts = ["", "a picture of", ""]
+    together = model.rank(photos, prompts, candidates, template="{}")
+    for i, ranked in enumerate(together):
+        alone = model.rank(photos[i : i + 1], prompts[i : i + 1], candidates, template="{}")[0]
+        assert [entry.answer for entry in ranked] == [entry.answer for entry in alone]
+        assert [entry.log_prob for entry in ranked] == pytest.approx([entry.log_prob for entry in alone], abs=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
+def test_a_cuda_card_answers_as_the_processor_does():
+    """In fp32: features, captions, answers, what is likely; and matching without a language model."""
+    photos, found = pictures(3), []
+    for device in ("cpu", "cuda"):
+        model = Blip2.from_pretrained(ROOT / "assets/tiny/blip2", device=device)
+        ranked = model.rank(photos, "what is it?", ["a star", "red"])
+        torch.manual_seed(0)
+        matcher = Blip2.build(TINY[1], TINY[3], 64, device=device)[0].eval()
+        numbers = [model.encode_image(photos).query_out.cpu(), matcher.itm_scores(photos, ["a star", "red"]).cpu()]
+        numbers += [torch.tensor([[entry.log_prob for entry in row] for row in ranked])]
+        found.append((model.caption(photos), model.ask(photos, "what color is it?"), numbers))
+    (captions, answers, cpu), (*others, cuda) = found
+    assert others == [captions, answers]
+    for a, b in zip(cpu, cuda, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", LLMS)
 @pytest.mark.parametrize("decoding", [{}, dict(num_beams=1), dict(num_beams=3, length_penalty=1.0)], ids=str)
 def test_a_batch_of_questions_gives_what_each_gives_alone(kind, decoding):
     """Prompts of any length together, token for token in fp32."""
