@@ -252,6 +252,8 @@ def complete(cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, str]:
         if cfg.stage not in ONLY_IN[name]:
             flag, stages = name.replace("_", "-"), ", ".join(ONLY_IN[name])
             raise UserError(f"got --{flag}, a flag of stage {stages}, in stage {cfg.stage}: leave it out")
+    if given >= {"steps", "epochs"}:
+        raise UserError("got --steps and --epochs, expected one of them: leave the other out")
     if cfg.stage == "2" and not cfg.init:
         raise UserError("stage 2 starts from a run of stage 1: pass --init runs/stage1, or --init none to go without")
     if cfg.stage in FINE_TUNING and cfg.init in ("", "none"):
@@ -629,7 +631,14 @@ def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, P
     folders = checkpoints(run)
     if not folders:
         raise UserError(f"--resume: {run} has no checkpoint yet: leave --resume out to start it")
-    state = torch.load(folders[-1] / "train_state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(folders[-1] / "train_state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # missing, cut, or no pickle at all
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--resume: the state in {folders[-1]} cannot be read ({why}): take that folder away, to go on from the "
+            "checkpoint before it if there is one (--keep)"
+        ) from None
     config = read_json(folders[-1] / "config.json")
     saved = TrainConfig(**config["train"])
     other = [name for name in given - MAY_CHANGE if getattr(saved, name) != getattr(cfg, name)]

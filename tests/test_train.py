@@ -345,6 +345,15 @@ def test_a_run_goes_on_beside_a_copy_of_a_checkpoint_and_behind_a_line_that_was_
     assert (tmp_path / "cut/step-000002.bak").exists()
 
 
+def test_what_cannot_be_resumed_or_means_two_things_gets_a_sentence(tmp_path, run_train):
+    run_train(tmp_path, "--steps", "1")
+    (tmp_path / "step-000001/train_state.pt").write_bytes(b"PK")
+    with pytest.raises(train.UserError, match="step-000001 cannot be read .*take that folder away"):
+        run_train(tmp_path, "--resume")
+    with pytest.raises(train.UserError, match="got --steps and --epochs, expected one of them"):
+        main([*FAST, "--steps", "1", "--epochs", "1", "--out", str(tmp_path / "other")])
+
+
 def test_a_run_says_which_losses_it_lacks_and_writes_no_captions_without_itg(tmp_path, run_train):
     run_train(tmp_path, "--steps", "1", "--losses", "itc,itm")
     model = Blip2.from_pretrained(tmp_path)
