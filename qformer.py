@@ -297,7 +297,7 @@ class QFormer(nn.Module):
         names: of the parameters that are meant, if not all.
         """
         parameters = dict(self.named_parameters())
-        parameters["queries"] = parameters.pop("queries")  # last
+        parameters["queries"] = parameters.pop("queries")  # last: a seed draws what it drew for the logged runs
         for name, parameter in parameters.items():
             if names is not None and name not in names:
                 continue

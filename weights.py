@@ -422,7 +422,7 @@ def bert_config(folder: Path) -> dict:
     )
 
 
-def build_qformer(cfg: QFormerConfig, fresh: dict[str, str], device: str | torch.device = "cpu") -> QFormer:
+def build_qformer(cfg: QFormerConfig, fresh: dict[str, str], device: str | torch.device) -> QFormer:
     """A Q-Former for the file of a whole model to fill; only what the file's format lacks is drawn here.
 
     fresh: see `formats.Table`.
