@@ -293,8 +293,10 @@ def build_model(args: argparse.Namespace, with_llm: bool) -> Blip2:
     encoder, *_ = weights.load_vit(args.vit, dtype=vit_dtype(args.precision, args.device), device=args.device)
     sizes = dict(image_width=encoder.cfg.width, num_queries=args.queries, dropout=args.dropout)
     torch.manual_seed(0)
-    random = args.bert == "bert-base"
-    qformer = QFormer(QFormerConfig(**sizes)) if random else weights.load_bert(args.bert, **sizes)[0]
+    if args.bert == "bert-base":
+        qformer = weights.build_qformer(QFormerConfig(**sizes), {".*": "random"}, args.device)
+    else:
+        qformer = weights.load_bert(args.bert, **sizes)[0]
     model = Blip2(encoder, qformer, Texts(TINY / "bert"), args.image_size).set_precision(args.precision, args.device)
     if with_llm:
         model.attach_llm(args.llm)
@@ -337,7 +339,8 @@ def transformers_twin(model: Blip2) -> nn.Module:
         text |= {theirs: getattr(llm, ours) for ours, theirs in names.items()} | dict(vocab_size=llm.vocab_size)
         text |= dict(eos_token_id=model.llm_texts.end_id, pad_token_id=model.llm_texts.pad_id)
         config |= {"image_token_index": llm.vocab_size - 1, "text_config": text}  # a word that no text has
-    twin = getattr(transformers, config.pop("architectures")[0])(transformers.Blip2Config(**config))
+    with torch.device(model.device):
+        twin = getattr(transformers, config.pop("architectures")[0])(transformers.Blip2Config(**config))
     if not retrieval and not opt:  # whatever its configuration says, T5's head is tied to its words
         head = twin.language_model.lm_head
         head.weight = nn.Parameter(head.weight.detach().clone())

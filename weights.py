@@ -384,7 +384,7 @@ def load_vit(
         )
     cfg = replace(cfg, depth=depth if last_block else depth - 1)
     if not paths:
-        with NothingDrawn():
+        with torch.device(device), NothingDrawn():
             vit = ViT(cfg)
         vit.init_weights()
         return vit.to(dtype), f"vit {name}: RANDOM WEIGHTS, for dry runs and benchmarks only", paths
@@ -578,10 +578,10 @@ def load_llm(
         llm = build_llm(cfg)
     check_llm_dtype(llm, dtype, spec)
     if not Path(spec).is_dir():
-        with NothingDrawn():
+        with torch.device(device), NothingDrawn():
             llm = build_llm(cfg)
         llm.init_weights()
-        return llm.to(device, dtype), f"llm {spec}: RANDOM WEIGHTS, for dry runs and benchmarks only", []
+        return llm.to(dtype), f"llm {spec}: RANDOM WEIGHTS, for dry runs and benchmarks only", []
     paths = weight_files(Path(spec))
     source = open_tensors(paths)
     if any(key.startswith("language_model.") for key in source):
