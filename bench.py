@@ -602,7 +602,7 @@ def generate_(args: argparse.Namespace) -> Work:
     named = {
         "encoding": [(model, "encode_image")],
         "prompt": [(model.llm, "decoder_for"), (kind, "start")],
-        "steps": [(kind, "append")],
+        "steps": [(kind, "step")],
         "re-ordering": [(kind, "select")],
     }
 

@@ -7,7 +7,8 @@ A decoder is an object with three methods (the Q-Former's is `qformer.CaptionDec
     select(rows, beams)               row i becomes a copy of old row rows[i]: beams split, swap and die, rows drop out;
                                       from now on every `beams` rows in turn are of one image
 
-So the prompt runs once per image and is copied to the beams afterwards, and finished rows are not computed on.
+So the prompt runs once per image and is copied to the beams afterwards, and finished rows are not computed on; on a
+card, where idle rows cost less than other shapes do, they leave when they are half of all.
 Lengths count new tokens only, the end token among them. Beam scores, penalties and early stopping are those of
 transformers, so that results agree token by token (tests/test_generate.py).
 """
@@ -28,14 +29,32 @@ class KVCache:
     """
 
     def __init__(self, layers: int, rows: int, heads: int, max_length: int, width: int, like: Tensor):
-        self.k = like.new_zeros(layers, rows, heads, max_length, width)
+        room = -(-max_length // 8) * 8  # attention's kernels like masks of such lengths
+        self.k = like.new_zeros(layers, rows, heads, room, width)
         self.v = torch.zeros_like(self.k)
         self.length = 0  # positions that are filled in every layer
-        self.in_common = 0  # of these, the first that are equal in all beams of an image
+        self.place = torch.zeros(1, dtype=torch.long, device=like.device)  # the same, as the device knows it
+        self.in_common = 0  # of these positions, the first that are equal in all beams of an image
+
+    @property
+    def room(self) -> int:
+        """Positions that there are, filled or not."""
+        return self.k.shape[3]
 
     def __iter__(self):
         """For each layer's block what it hands its new keys and values to, and gets all from."""
         return (partial(self.extend, layer) for layer in range(len(self.k)))
+
+    def one_more(self):
+        """The same for one more position, with nothing that a later step would do otherwise: the place is a number on
+        the device, and all positions come back, so a mask has to hide those behind it."""
+        return (partial(self.put, layer) for layer in range(len(self.k)))
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (R, H, 1, K) at `place`; returns all keys and values, also those that are not filled."""
+        self.k[layer].index_copy_(2, self.place, k)
+        self.v[layer].index_copy_(2, self.place, v)
+        return self.k[layer], self.v[layer]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (R, H, n, K) behind what is there; returns all keys and values so far."""
@@ -44,18 +63,44 @@ class KVCache:
         self.v[layer, :, :, self.length : end] = v
         if layer == len(self.k) - 1:
             self.length = end
+            self.place.fill_(end)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes a copy of old row rows[i]; if there are as many as before, of one of the same image."""
+    def select(self, rows: Tensor) -> bool:
+        """Row i becomes a copy of old row rows[i]; if there are as many as before, of one of the same image. Returns
+        whether all has moved to another place in memory."""
         if self.in_common and len(rows) == self.k.shape[1]:
             for x in (self.k, self.v):
                 own = x[:, :, :, self.in_common : self.length]
                 own.copy_(own.index_select(1, rows))
-        else:
-            if len(rows) > self.k.shape[1] and not self.in_common:
-                self.in_common = self.length
-            self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
+            return False
+        if len(rows) > self.k.shape[1] and not self.in_common:
+            self.in_common = self.length
+        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
+        self.place = self.place.clone()
+        return True
+
+
+class Recorded:
+    """A function of a tensor that does the same at each call, to tensors that stay where they are. On a card the second
+    call is recorded as a CUDA graph, and from then on replayed: a step of a language model is several hundred small
+    kernels, which the host needs longer to launch than the card to run."""
+
+    def __init__(self):
+        self.calls, self.graph = 0, None
+
+    def __call__(self, function, x: Tensor) -> Tensor:
+        """function(x); on a card, what it returned before is overwritten."""
+        self.calls += 1
+        if not x.is_cuda or self.calls == 1:  # the first call makes what is made once
+            return function(x)
+        if self.graph is None:
+            self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others may be loading pictures
+                self.out = function(self.x)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.out
 
 
 @torch.no_grad()
@@ -143,6 +188,13 @@ def penalize(logits: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
     return torch.where(is_seen[:, :-1], harder, logits)
 
 
+def rows_to_keep(works: list, device: torch.device) -> Tensor | None:
+    """The rows that still work on something, if those that do not (None) are to leave now; None if all are to stay."""
+    going = [row for row, work in enumerate(works) if work is not None]
+    leave = 2 * len(going) <= len(works) if device.type == "cuda" else len(going) < len(works)
+    return torch.tensor(going, device=device) if leave else None
+
+
 def one_by_one(
     decoder, pick, *, copies, end_id, max_new_tokens, min_new_tokens, repetition_penalty, prompt_ids
 ) -> list[list[list[int]]]:
@@ -155,21 +207,22 @@ def one_by_one(
         decoder.select(rows)
         logits, seen = logits[rows], seen[rows]
     texts: list[list[int]] = [[] for _ in range(images * copies)]
-    alive = list(range(images * copies))  # which text each row writes
+    writes: list[int | None] = list(range(images * copies))  # which text each row writes, None for a finished one
     for length in range(max_new_tokens):
         logits = penalize(logits, seen, repetition_penalty)
         if length < min_new_tokens:
             logits[:, end_id] = float("-inf")
         tokens = pick(logits)
-        for text, token in zip(alive, tokens.tolist(), strict=True):
-            if token != end_id:
-                texts[text].append(token)
-        going = (tokens != end_id).nonzero().squeeze(1)
-        if len(going) == 0 or length == max_new_tokens - 1:
+        for row, token in enumerate(tokens.tolist()):
+            if token == end_id:
+                writes[row] = None
+            elif writes[row] is not None:
+                texts[writes[row]].append(token)
+        if length == max_new_tokens - 1 or not any(text is not None for text in writes):
             break
-        if len(going) < len(tokens):
+        if (going := rows_to_keep(writes, device)) is not None:
             decoder.select(going)
-            alive = [alive[row] for row in going.tolist()]
+            writes = [writes[row] for row in going.tolist()]
             tokens, seen = tokens[going], seen[going]
         seen = torch.cat((seen, tokens[:, None]), dim=1)
         logits = decoder.step(tokens).float()
@@ -195,7 +248,7 @@ def beam_search(
     """
     logits = decoder.start().float()
     device, K = logits.device, num_beams
-    images = list(range(len(logits)))  # whose rows are being computed
+    images: list[int | None] = list(range(len(logits)))  # whose rows are being computed, None for a finished one's
     best: list[list[tuple[list[int], float]]] = [[] for _ in images]
     seen = torch.full((len(images), 0), -1, device=device) if prompt_ids is None else prompt_ids
     prompt = seen.shape[1]
@@ -238,17 +291,19 @@ def beam_search(
             open_ &= ~(scores > NEVER).all(dim=1)
         if length == max_new_tokens:
             open_ &= False
-        closed = (~open_).nonzero().squeeze(1).tolist()
-        for row in closed:
-            texts_of_row, scores_of_row = done[row, :num_captions].tolist(), scores[row].tolist()
-            best[images[row]] = [(text_before(end_id, t), s) for t, s in zip(texts_of_row, scores_of_row)]
-        if len(closed) == N:
+        for row, goes_on in enumerate(open_.tolist()):
+            if not goes_on and images[row] is not None:
+                texts_of_row, scores_of_row = done[row, :num_captions].tolist(), scores[row].tolist()
+                best[images[row]] = [(text_before(end_id, t), s) for t, s in zip(texts_of_row, scores_of_row)]
+                images[row] = None
+        if not any(image is not None for image in images):
             break
-        going = open_.nonzero().squeeze(1)
-        images = [images[row] for row in going.tolist()]
-        decoder.select((going[:, None] * beams + parents[going]).flatten(), tokens.shape[1])
-        running, seen, done, scores = running[going], seen[going], done[going], scores[going]
-        logits = decoder.step(tokens[going].flatten()).float()
+        rows = torch.arange(N, device=device)[:, None] * beams + parents
+        if (going := rows_to_keep(images, device)) is not None:
+            images = [images[row] for row in going.tolist()]
+            rows, tokens, running, seen, done, scores = (x[going] for x in (rows, tokens, running, seen, done, scores))
+        decoder.select(rows.flatten(), tokens.shape[1])
+        logits = decoder.step(tokens.flatten()).float()
     return best
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from generate import KVCache
+from generate import KVCache, Recorded
 from qformer import Linear, attend, heads_of, linear, predict, queries_keys_values
 
 
@@ -155,16 +155,18 @@ class OPT(nn.Module):
         """
         x = torch.cat((prompt, self.embed(target[:, :-1])), dim=1)
         real = F.pad(prompt_mask, (0, target.shape[1] - 1), value=True)
-        x = self.run(x, real, read=target.shape[1])  # the prompt's last position predicts the first token
+        x = self.read(x, real, rows=target.shape[1])  # the prompt's last position predicts the first token
         return predict(self.logits, x, label_rows)
 
-    def run(self, x: Tensor, real: Tensor, cache: KVCache | None = None, read: int | None = None) -> Tensor:
-        """All blocks over x (B, rows, L), the last `rows` of the positions `real` (B, S); of the result, only the last
-        `read` rows if given."""
-        # OPT counts real tokens only, and from 2.
-        positions = (real.cumsum(dim=1) * real + 1)[:, -x.shape[1] :]
+    def read(self, x: Tensor, real: Tensor, cache: KVCache | None = None, rows: int | None = None) -> Tensor:
+        """Run x (B, n, L), the last n of the positions `real` (B, S); of the result, only the last `rows` if given."""
+        positions = (real.cumsum(dim=1) * real + 1)[:, -x.shape[1] :]  # OPT counts real tokens only, and from 2
+        return self.run(x, positions, causal_mask(real, x.shape[1]), cache, rows)
+
+    def run(self, x: Tensor, positions: Tensor, mask: Tensor, cache=None, read: int | None = None) -> Tensor:
+        """All blocks over x (B, n, L) at `positions` (B, n) of OPT's table, under a mask as `attend` takes it; of the
+        result, only the last `read` rows if given. cache: for each block what keeps its keys and values."""
         x = self.project_in(x) + self.position_embedding(positions)
-        mask = causal_mask(real, x.shape[1])
         for block, keep in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
             rows = read if block is self.blocks[-1] else None
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -185,9 +187,21 @@ class OPT(nn.Module):
 class LLMDecoder:
     """What OPT's and T5's decoders share (see generate.py)."""
 
+    def __init__(self, cache: KVCache):
+        self.cache, self.recorded = cache, Recorded()
+
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token (R,) to each row -> logits (R, W)."""
-        return self.append(tokens[:, None])[:, 0]
+        logits = self.recorded(self.one_more, tokens)
+        self.cache.length += 1
+        return logits
+
+    def select(self, rows: Tensor, beams: int = 1) -> bool:
+        """Row i becomes a copy of old row rows[i]; returns whether all has moved to another place in memory."""
+        moved = self.cache.select(rows)
+        if moved:
+            self.recorded = Recorded()
+        return moved
 
     def fork(self, copies: int) -> "LLMDecoder":
         """Another decoder, with so many copies of each row after another; this one stays as it is."""
@@ -202,22 +216,37 @@ class OPTDecoder(LLMDecoder):
 
     def __init__(self, model: OPT, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int):
         cfg, (B, n, _) = model.cfg, prompt.shape
-        self.model, self.prompt, self.real = model, prompt, prompt_mask
-        self.cache = KVCache(cfg.depth, B, cfg.heads, n + max_new_tokens, cfg.width // cfg.heads, prompt)
+        super().__init__(KVCache(cfg.depth, B, cfg.heads, n + max_new_tokens, cfg.width // cfg.heads, prompt))
+        self.model, self.prompt = model, prompt
+        self.real = F.pad(prompt_mask, (0, self.cache.room - n), value=False)  # (R, room): filled, and not padding
 
     def start(self) -> Tensor:
         """Run the prompt -> logits of the first token (B, W)."""
-        return self.model.logits(self.model.run(self.prompt, self.real, self.cache, read=1)[:, 0])
+        real = self.real[:, : self.prompt.shape[1]]
+        return self.model.logits(self.model.read(self.prompt, real, self.cache, rows=1)[:, 0])
 
     def append(self, tokens: Tensor) -> Tensor:
         """Tokens (R, T) behind what is there -> logits (R, T, W) of what follows each."""
-        self.real = F.pad(self.real, (0, tokens.shape[1]), value=True)
-        return self.model.logits(self.model.run(self.model.embed(tokens), self.real, self.cache))
+        end = self.cache.length + tokens.shape[1]
+        self.real[:, self.cache.length : end] = True
+        return self.model.logits(self.model.read(self.model.embed(tokens), self.real[:, :end], self.cache))
 
-    def select(self, rows: Tensor, beams: int = 1) -> None:
-        """Row i becomes a copy of old row rows[i]."""
-        self.cache.select(rows)
-        self.real = self.real[rows]
+    def one_more(self, tokens: Tensor) -> Tensor:
+        """Of `step`; see `KVCache.one_more`."""
+        self.real.index_fill_(1, self.cache.place, True)
+        positions = self.real.sum(dim=1, keepdim=True) + 1
+        x = self.model.embed(tokens[:, None])
+        hidden = torch.zeros_like(self.real, dtype=x.dtype).masked_fill(~self.real, float("-inf"))
+        x = self.model.run(x, positions, hidden[:, None, None], self.cache.one_more())
+        self.cache.place += 1
+        return self.model.logits(x[:, 0])
+
+    def select(self, rows: Tensor, beams: int = 1) -> bool:
+        """As above; beams of an image have the same prompt."""
+        moved = super().select(rows)
+        if moved:
+            self.real = self.real[rows]
+        return moved
 
 
 # --- T5 --------------------------------------------------------------------------------------------------------------
@@ -303,6 +332,11 @@ class T5Block(nn.Module):
         return x + self.down(self.act(self.gate(normed)) * self.up(normed))
 
 
+def before(rows: Tensor, keys: int) -> Tensor:
+    """Whom the positions `rows` (n,) may attend to of 0 .. keys, themselves and those before: bool (n, keys)."""
+    return torch.arange(keys, device=rows.device) <= rows[:, None]
+
+
 class T5Stack(nn.Module):
     """The encoder, or the decoder: blocks, a final norm, and one table of position biases for all blocks."""
 
@@ -313,12 +347,14 @@ class T5Stack(nn.Module):
         self.blocks = nn.ModuleList(T5Block(cfg, is_decoder) for _ in range(depth))
         self.ln_final = RMSNorm(cfg.width, cfg.eps)
 
-    def forward(self, x: Tensor, allowed: Tensor, recompute: bool, memory=None, memory_mask=None, cache=None) -> Tensor:
-        """x (B, rows, L), the last of S positions; allowed: bool, broadcast to (B, 1, rows, S).
+    def forward(
+        self, x: Tensor, rows: Tensor, allowed: Tensor, recompute: bool, memory=None, memory_mask=None, cache=None
+    ) -> Tensor:
+        """x (B, n, L) at the positions `rows` (n,) of S; allowed: bool, broadcast to (B, 1, n, S).
 
         In the decoder, memory holds the keys and values of what the encoder has read, for each block.
         """
-        bias = self.bias(x.shape[1], allowed.shape[-1]).masked_fill(~allowed, float("-inf"))
+        bias = self.bias(rows, allowed.shape[-1]).masked_fill(~allowed, float("-inf"))
         nothing = [None] * len(self.blocks)
         for block, read, keep in zip(self.blocks, memory or nothing, nothing if cache is None else cache):
             if recompute and torch.is_grad_enabled():
@@ -327,10 +363,10 @@ class T5Stack(nn.Module):
                 x = block(x, bias, read, memory_mask, keep)
         return self.ln_final(x)
 
-    def bias(self, rows: int, keys: int) -> Tensor:
-        """What is added to the scores of the last `rows` of `keys` positions: (1, H, rows, keys)."""
-        position = torch.arange(keys, device=self.position_bias.weight.device)
-        return self.position_bias(self.bucket(position[None, :] - position[-rows:, None])).permute(2, 0, 1)[None]
+    def bias(self, rows: Tensor, keys: int) -> Tensor:
+        """What is added to the scores of positions `rows` (n,) with those of 0 .. keys: (1, H, n, keys)."""
+        distance = torch.arange(keys, device=rows.device) - rows[:, None]
+        return self.position_bias(self.bucket(distance)).permute(2, 0, 1)[None]
 
     def bucket(self, distance: Tensor) -> Tensor:
         """Key minus row -> number of a bucket: one a distance when near, logarithmic up to max_distance. The decoder
@@ -393,14 +429,14 @@ class T5(nn.Module):
         """
         memory = self.read(prompt, prompt_mask)
         x = self.embed(F.pad(target[:, :-1], (1, 0), value=self.cfg.pad_id))  # one place to the right
-        allowed = causal_mask(torch.ones_like(target[:1], dtype=torch.bool), target.shape[1])
-        x = self.decoder(x, allowed, self.grad_checkpointing, *memory)
+        rows = torch.arange(target.shape[1], device=target.device)
+        x = self.decoder(x, rows, before(rows, len(rows)), self.grad_checkpointing, *memory)
         return predict(self.lm_head, x, label_rows)
 
     def read(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """The encoder, and what the decoder's cross-attention needs of it: each block's keys and values, the mask."""
         mask = prompt_mask[:, None, None, :]
-        x = self.encoder(prompt, mask, self.grad_checkpointing)
+        x = self.encoder(prompt, torch.arange(prompt.shape[1], device=prompt.device), mask, self.grad_checkpointing)
         return [block.cross.keys_values(x) for block in self.decoder.blocks], mask
 
     def decoder_for(self, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> "T5Decoder":
@@ -413,9 +449,9 @@ class T5Decoder(LLMDecoder):
 
     def __init__(self, model: T5, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int):
         cfg = model.cfg
+        super().__init__(KVCache(cfg.decoder_depth, len(prompt), cfg.heads, max_new_tokens, cfg.head_width, prompt))
         self.model, self.beams = model, 1
         self.memory, self.mask = model.read(prompt, prompt_mask)
-        self.cache = KVCache(cfg.decoder_depth, len(prompt), cfg.heads, max_new_tokens, cfg.head_width, prompt)
 
     def start(self) -> Tensor:
         """Logits of the first token (B, W)."""
@@ -423,18 +459,30 @@ class T5Decoder(LLMDecoder):
 
     def append(self, tokens: Tensor) -> Tensor:
         """Tokens (R, T) behind what is there -> logits (R, T, W) of what follows each."""
-        real = torch.ones(1, self.cache.length + tokens.shape[1], dtype=torch.bool, device=tokens.device)
-        allowed = causal_mask(real, tokens.shape[1])
-        x = self.model.decoder(self.model.embed(tokens), allowed, False, self.memory, self.mask, self.cache)
+        end = self.cache.length + tokens.shape[1]
+        rows = torch.arange(self.cache.length, end, device=tokens.device)
+        return self.write(tokens, rows, end, self.cache)
+
+    def one_more(self, tokens: Tensor) -> Tensor:
+        """Of `step`; see `KVCache.one_more`."""
+        logits = self.write(tokens[:, None], self.cache.place, self.cache.room, self.cache.one_more())
+        self.cache.place += 1
+        return logits[:, 0]
+
+    def write(self, tokens: Tensor, rows: Tensor, keys: int, cache) -> Tensor:
+        """Tokens (R, T) at the positions `rows` (T,) -> logits (R, T, W)."""
+        x = self.model.embed(tokens)
+        x = self.model.decoder(x, rows, before(rows, keys), False, self.memory, self.mask, cache)
         return self.model.lm_head(x)
 
-    def select(self, rows: Tensor, beams: int = 1) -> None:
-        """Row i becomes a copy of old row rows[i]. What the encoder has read is there once for all beams."""
-        self.cache.select(rows)
-        prompts, self.beams = rows[::beams] // self.beams, beams
-        if len(prompts) != len(self.mask):
+    def select(self, rows: Tensor, beams: int = 1) -> bool:
+        """As above. What the encoder has read is there once for all beams."""
+        moved, last = super().select(rows), self.beams
+        self.beams = beams
+        if moved and len(prompts := rows[::beams] // last) != len(self.mask):
             self.memory = [(k[prompts], v[prompts]) for k, v in self.memory]
             self.mask = self.mask[prompts]
+        return moved
 
 
 # --- by name ---------------------------------------------------------------------------------------------------------

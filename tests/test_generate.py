@@ -122,6 +122,14 @@ def test_finished_rows_are_not_computed_any_more():
     assert decoder.computed == sum(min(len(text) + 1, 9) for text in texts)
 
 
+@pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=2, early_stopping=True), {}], ids=str)
+def test_finished_rows_that_stay_change_nothing(options, monkeypatch):
+    """On a card they stay until they are half of all."""
+    expected = generate(Table(6, 1), end_id=END, max_new_tokens=9, **options)
+    monkeypatch.setattr("generate.rows_to_keep", lambda works, device: None)
+    assert generate(Table(6, 1), end_id=END, max_new_tokens=9, **options) == expected
+
+
 def test_beams_beat_greedy_in_probability():
     def log_probability(image, text):
         table, last, total = Table(6, 2).logits, (1, 1), 0.0

@@ -313,7 +313,7 @@ def test_beams_of_t5_share_what_its_encoder_has_read(tmp_path):
     _, ours = peer("t5", tmp_path)
     ids, mask = prompts("t5", 3)
     decoder, rows = ours.decoder_for(ours.embed(ids), mask, 6), []
-    decoder_append = decoder.append
-    decoder.append = lambda tokens: (rows.append((len(tokens), len(decoder.mask))), decoder_append(tokens))[1]
+    one_more = decoder.one_more
+    decoder.one_more = lambda tokens: (rows.append((len(tokens), len(decoder.mask))), one_more(tokens))[1]
     generate(decoder, end_id=END["t5"], max_new_tokens=6, min_new_tokens=6, num_beams=4)
     assert rows == [(3, 3)] + [(12, 3)] * 5

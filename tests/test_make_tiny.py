@@ -80,7 +80,7 @@ def test_the_tiny_language_models_open_in_transformers(kind):
     with torch.no_grad():
         if kind == "opt":
             wanted = theirs.eval()(ids).logits
-            found = ours.logits(ours.run(ours.embed(ids), mask))
+            found = ours.logits(ours.read(ours.embed(ids), mask))
         else:
             wanted = theirs.eval()(input_ids=ids, labels=ids).logits
             found = ours(ours.embed(ids), mask, ids, torch.arange(18)).view(2, 9, -1)

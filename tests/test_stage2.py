@@ -259,19 +259,42 @@ def test_a_batch_ranks_as_each_alone_behind_words_and_behind_none(kind):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
 def test_a_cuda_card_answers_as_the_processor_does():
     """In fp32: features, captions, answers, what is likely; and matching without a language model."""
-    photos, found = pictures(3), []
+    photos, found = pictures(5), []
     for device in ("cpu", "cuda"):
         model = Blip2.from_pretrained(ROOT / "assets/tiny/blip2", device=device)
+        captions = [model.caption(photos), model.caption(photos, num_beams=1), model.caption(photos, num_captions=3)]
         ranked = model.rank(photos, "what is it?", ["a star", "red"])
         torch.manual_seed(0)
         matcher = Blip2.build(TINY[1], TINY[3], 64, device=device)[0].eval()
         numbers = [model.encode_image(photos).query_out.cpu(), matcher.itm_scores(photos, ["a star", "red"]).cpu()]
         numbers += [torch.tensor([[entry.log_prob for entry in row] for row in ranked])]
-        found.append((model.caption(photos), model.ask(photos, "what color is it?"), numbers))
+        found.append((captions, model.ask(photos, "what color is it?"), numbers))
     (captions, answers, cpu), (*others, cuda) = found
     assert others == [captions, answers]
     for a, b in zip(cpu, cuda, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
+@pytest.mark.parametrize("kind", LLMS)
+def test_a_step_that_a_card_has_recorded_is_the_step(kind):
+    """Recorded once for four beams and once for the two that stay; in between, beams change places."""
+    generator, found = torch.Generator().manual_seed(0), []
+    prompt, tokens = torch.randn(2, 5, 128, generator=generator), torch.randint(5, 20, (9, 4), generator=generator)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    for device in ("cpu", "cuda"):
+        llm = stage2_model(kind).set_precision("fp32", device).llm
+        decoder = llm.decoder_for(prompt.to(device), mask.to(device), 12)
+        logits = [decoder.start().cpu()]
+        for step, words in enumerate(tokens):
+            rows = [0, 0, 1, 1] if step == 0 else [1, 0, 2, 2] if step < 5 else [2, 3] if step == 5 else [1, 0]
+            decoder.select(torch.tensor(rows, device=device), 2)
+            logits.append(decoder.step(words[: len(rows)].to(device)).cpu())
+        found.append(logits)
+    assert decoder.recorded.graph is not None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", LLMS)
