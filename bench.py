@@ -424,7 +424,8 @@ class TheirQFormer(nn.Module):
 
     def encode_pairs(self, text_ids: Tensor, text_mask: Tensor, image_kv: ImageKV) -> Tensor:
         """As ours."""
-        return self.joint("itm", text_ids, text_mask, image_kv[0][0])[:, : self.cfg.num_queries]
+        tokens = torch.cat((image_kv[0][0].repeat_interleave(2, dim=0), image_kv[0][2]))
+        return self.joint("itm", text_ids, text_mask, tokens)[:, : self.cfg.num_queries]
 
     def decode_text(self, text_ids: Tensor, text_mask: Tensor, cache: list[Prefix]) -> Tensor:
         """As ours."""

@@ -706,18 +706,25 @@ class Blip2(nn.Module):
     def _itm(self, image_kv: ImageKV, negative_kv: ImageKV, ids, mask, negative_ids, negative_mask, found, total):
         """Image-text matching, bi-directional, over 3B rows:
 
-         rows        image      text       match
-         0 .. B      own        own        yes
-         B .. 2B     hard neg   own        no
-         2B .. 3B    own        hard neg   no
+         rows            image      text       match
+         0, 2 .. 2B-2    own        own        yes
+         1, 3 .. 2B-1    own        hard neg   no
+         2B .. 3B-1      hard neg   own        no
 
-        found: (2B,), False where there is no negative.
+        So the two rows that see the same photo are neighbours, and its keys need no copy. found: (2B,), of the images
+        and then of the texts, False where there is no negative.
         """
-        image_kv = [(torch.cat((k, nk, k)), torch.cat((v, nv, v))) for (k, v), (nk, nv) in zip(image_kv, negative_kv)]
-        text_ids, text_mask = torch.cat((ids, ids, negative_ids)), torch.cat((mask, mask, negative_mask))
+
+        def rows(own: Tensor, negative: Tensor, alone: Tensor) -> Tensor:
+            return torch.cat((torch.stack((own, negative), dim=1).flatten(0, 1), alone))
+
+        image_kv = [(*own, *negative) for own, negative in zip(image_kv, negative_kv, strict=True)]
+        text_ids, text_mask = rows(ids, negative_ids, ids), rows(mask, negative_mask, mask)
         query_out = self.qformer.encode_pairs(text_ids, text_mask, image_kv)
-        is_match = torch.arange(3 * len(ids), device=ids.device) < len(ids)
-        return itm_loss(self.itm_logits(query_out), is_match, F.pad(found, (len(ids), 0), value=True), total)
+        images_found, texts_found = found.chunk(2)
+        yes = torch.ones_like(images_found)
+        is_match, valid = rows(yes, ~yes, ~yes), rows(yes, texts_found, images_found)
+        return itm_loss(self.itm_logits(query_out), is_match, valid, total)
 
     def _itg(self, batch: Batch, cache: list[Prefix], total: Tensor) -> Tensor:
         """Image-grounded text generation: [DEC] w1 w2 ... behind the cached queries, each predicting the next."""

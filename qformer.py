@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from generate import KVCache
 
-ImageKV = list[tuple[Tensor, Tensor]]  # of each block with cross-attention: keys and values (B, H, P, K)
+# Of each block with cross-attention: keys and values (B, H, P, K), each photo's for the next R / B of R rows; or
+# (k, v, k', v'), where the last rows see a photo of k' each, and those before them share k.
+ImageKV = list[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,14 @@ class CrossAttention(nn.Module):
         k, v = self.kv(image_tokens).chunk(2, dim=2)
         return heads_of(k, self.heads), heads_of(v, self.heads)
 
-    def forward(self, x: Tensor, image_kv: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, image_kv: tuple[Tensor, ...]) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        out = attend(heads_of(self.q(x), self.heads), *image_kv, None, dropout).transpose(1, 2).flatten(2)
+        k, v, *others = image_kv
+        alone = len(others[0]) if others else 0  # rows that share no photo
+        own, other = heads_of(self.q(x), self.heads).split((len(x) - alone, alone))
+        out = attend(own, k, v, None, dropout).transpose(1, 2).flatten(2)
+        if others:
+            out = torch.cat((out, attend(other, *others, None, dropout).transpose(1, 2).flatten(2)))
         return self.ln(x + drop(self.proj(out), dropout))
 
 

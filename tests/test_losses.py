@@ -145,12 +145,12 @@ def test_itm_leaves_out_rows_without_a_negative():
 
 
 def test_itm_asks_about_the_pairs_that_the_table_says(monkeypatch):
-    """3B rows: own pair; hard negative image with own text; own image with hard negative text."""
+    """3B rows: of each image the own pair, then its hard negative text; then hard negative images with own texts."""
     model, batch = small_model(), random_batch(3)
     seen = {}
 
     def spy(text_ids, text_mask, image_kv):
-        seen.update(ids=text_ids, mask=text_mask, k=image_kv[0][0])
+        seen.update(ids=text_ids, mask=text_mask, own=image_kv[0][0], others=image_kv[0][2])
         return original(text_ids, text_mask, image_kv)
 
     original = model.qformer.encode_pairs
@@ -159,9 +159,10 @@ def test_itm_asks_about_the_pairs_that_the_table_says(monkeypatch):
     monkeypatch.setattr(blip2, "draw_negatives", lambda *_: blip2.Negatives(image_neg, text_neg, found))
     image_kv = model.image_kv(model.image_tokens(batch.images))
     model.stage1_losses(batch)
-    assert torch.equal(seen["ids"], batch.text_ids[[0, 1, 2, 0, 1, 2, 2, 0, 1]])
-    assert torch.equal(seen["mask"], batch.text_mask[[0, 1, 2, 0, 1, 2, 2, 0, 1]])
-    torch.testing.assert_close(seen["k"], image_kv[0][0][[0, 1, 2, 1, 2, 0, 0, 1, 2]])
+    assert torch.equal(seen["ids"], batch.text_ids[[0, 2, 1, 0, 2, 1, 0, 1, 2]])
+    assert torch.equal(seen["mask"], batch.text_mask[[0, 2, 1, 0, 2, 1, 0, 1, 2]])
+    torch.testing.assert_close(seen["own"], image_kv[0][0])
+    torch.testing.assert_close(seen["others"], image_kv[0][0][[1, 2, 0]])
 
 
 # --- ITG
