@@ -760,7 +760,7 @@ def versus(work: Work, args: argparse.Namespace) -> dict:
         "times as fast, median of the pairs": statistics.median(ratios),
         "times as fast, worst pair": min(ratios),
         "times as fast, best pair": max(ratios),
-        "times as many FLOPs in transformers": performed(peer.run) / performed(work.run),
+        "times as many FLOPs in transformers": performed(peer.run) / work.flops,
     }
 
 

@@ -511,7 +511,8 @@ class Blip2(nn.Module):
         """torch.compile the blocks: of each kind, and of each way that training takes through it, one graph that all
         layers share. Not those of a frozen ViT, which get slower. options: those of torch.compile."""
         torch._dynamo.config.cache_size_limit = 64  # a Q-Former block has eight ways through it; 8 is the default
-        torch._inductor.config.triton.coalesce_tiling_analysis = False  # that of PyTorch 2.11 fails where shapes vary
+        if hasattr(torch._inductor.config.triton, "coalesce_tiling_analysis"):
+            torch._inductor.config.triton.coalesce_tiling_analysis = False  # PyTorch 2.11's fails where shapes vary
         for name, module in self.named_modules():
             if name.rpartition(".")[0].endswith("blocks") and (self.trains_vit or not name.startswith("vit.")):
                 module.compile(**options)

@@ -13,7 +13,7 @@ Lengths count new tokens only, the end token among them. Beam scores, penalties 
 transformers, so that results agree token by token (tests/test_generate.py).
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ NEVER = -1e9  # a score that no text has
 
 
 class KVCache:
-    """Self-attention keys and values of all layers, allocated once: 2 x (layers, R, H, max_length, K).
+    """Self-attention keys and values of all layers, allocated once: 2 x (layers, R, H, room, K).
 
     What is there when the rows multiply, the prompt, all beams of an image have in common: so when beams change places,
     only what follows moves.
@@ -54,6 +54,8 @@ class KVCache:
         """Write k, v (R, H, 1, K) at `place`; returns all keys and values, also those that are not filled."""
         self.k[layer].index_copy_(2, self.place, k)
         self.v[layer].index_copy_(2, self.place, v)
+        if layer == len(self.k) - 1:
+            self.place += 1
         return self.k[layer], self.v[layer]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +83,12 @@ class KVCache:
         return True
 
 
+@cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each card: PyTorch keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class Recorded:
     """A function of a tensor that does the same at each call, to tensors that stay where they are. On a card the second
     call is recorded as a CUDA graph, and from then on replayed: a step of a language model is several hundred small
@@ -96,7 +104,14 @@ class Recorded:
             return function(x)
         if self.graph is None:
             self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others may be loading pictures
+            with (
+                torch.cuda.device(x.device),
+                torch.cuda.graph(
+                    self.graph,
+                    stream=recording_stream(x.device),
+                    capture_error_mode="thread_local",  # other threads may be loading pictures
+                ),
+            ):
                 self.out = function(self.x)
         self.x.copy_(x)
         self.graph.replay()
@@ -188,11 +203,11 @@ def penalize(logits: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
     return torch.where(is_seen[:, :-1], harder, logits)
 
 
-def rows_to_keep(works: list, device: torch.device) -> Tensor | None:
+def rows_to_keep(works: list, on_card: bool) -> list[int] | None:
     """The rows that still work on something, if those that do not (None) are to leave now; None if all are to stay."""
     going = [row for row, work in enumerate(works) if work is not None]
-    leave = 2 * len(going) <= len(works) if device.type == "cuda" else len(going) < len(works)
-    return torch.tensor(going, device=device) if leave else None
+    leave = 2 * len(going) <= len(works) if on_card else len(going) < len(works)
+    return going if leave else None
 
 
 def one_by_one(
@@ -220,10 +235,11 @@ def one_by_one(
                 texts[writes[row]].append(token)
         if length == max_new_tokens - 1 or not any(text is not None for text in writes):
             break
-        if (going := rows_to_keep(writes, device)) is not None:
-            decoder.select(going)
-            writes = [writes[row] for row in going.tolist()]
-            tokens, seen = tokens[going], seen[going]
+        if (going := rows_to_keep(writes, logits.is_cuda)) is not None:
+            writes = [writes[row] for row in going]
+            rows = torch.tensor(going, device=device)
+            decoder.select(rows)
+            tokens, seen = tokens[rows], seen[rows]
         seen = torch.cat((seen, tokens[:, None]), dim=1)
         logits = decoder.step(tokens).float()
     return [texts[i : i + copies] for i in range(0, len(texts), copies)]
@@ -299,9 +315,10 @@ def beam_search(
         if not any(image is not None for image in images):
             break
         rows = torch.arange(N, device=device)[:, None] * beams + parents
-        if (going := rows_to_keep(images, device)) is not None:
-            images = [images[row] for row in going.tolist()]
-            rows, tokens, running, seen, done, scores = (x[going] for x in (rows, tokens, running, seen, done, scores))
+        if (going := rows_to_keep(images, logits.is_cuda)) is not None:
+            images = [images[row] for row in going]
+            kept = torch.tensor(going, device=device)
+            rows, tokens, running, seen, done, scores = (x[kept] for x in (rows, tokens, running, seen, done, scores))
         decoder.select(rows.flatten(), tokens.shape[1])
         logits = decoder.step(tokens.flatten()).float()
     return best

@@ -238,7 +238,6 @@ class OPTDecoder(LLMDecoder):
         x = self.model.embed(tokens[:, None])
         hidden = torch.zeros_like(self.real, dtype=x.dtype).masked_fill(~self.real, float("-inf"))
         x = self.model.run(x, positions, hidden[:, None, None], self.cache.one_more())
-        self.cache.place += 1
         return self.model.logits(x[:, 0])
 
     def select(self, rows: Tensor, beams: int = 1) -> bool:
@@ -465,9 +464,7 @@ class T5Decoder(LLMDecoder):
 
     def one_more(self, tokens: Tensor) -> Tensor:
         """Of `step`; see `KVCache.one_more`."""
-        logits = self.write(tokens[:, None], self.cache.place, self.cache.room, self.cache.one_more())
-        self.cache.place += 1
-        return logits[:, 0]
+        return self.write(tokens[:, None], self.cache.place, self.cache.room, self.cache.one_more())[:, 0]
 
     def write(self, tokens: Tensor, rows: Tensor, keys: int, cache) -> Tensor:
         """Tokens (R, T) at the positions `rows` (T,) -> logits (R, T, W)."""

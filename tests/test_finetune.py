@@ -202,6 +202,7 @@ def test_compiled_blocks_have_no_graph_break_and_the_same_gradients(kind):
             )
         if compiles:
             model.compile_blocks(backend=lambda graph, _: compiled.append(graph) or graph.forward, fullgraph=True)
+            assert (model.vit.blocks[0]._compiled_call_impl is not None) == model.trains_vit  # a frozen one gets slower
             with model.uncompiled():
                 model.encode_image(pictures(2))
             assert not compiled

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_model, small_qformer
 
-from generate import KVCache, generate, nucleus
+from generate import KVCache, generate, nucleus, rows_to_keep
 from qformer import CaptionDecoder
 
 WORDS, END = 12, 3
@@ -126,8 +126,9 @@ def test_finished_rows_are_not_computed_any_more():
 def test_finished_rows_that_stay_change_nothing(options, monkeypatch):
     """On a card they stay until they are half of all."""
     expected = generate(Table(6, 1), end_id=END, max_new_tokens=9, **options)
-    monkeypatch.setattr("generate.rows_to_keep", lambda works, device: None)
-    assert generate(Table(6, 1), end_id=END, max_new_tokens=9, **options) == expected
+    for rule in (lambda works, _: None, lambda works, _: rows_to_keep(works, on_card=True)):
+        monkeypatch.setattr("generate.rows_to_keep", rule)
+        assert generate(Table(6, 1), end_id=END, max_new_tokens=9, **options) == expected
 
 
 def test_beams_beat_greedy_in_probability():

@@ -165,6 +165,23 @@ def test_itm_asks_about_the_pairs_that_the_table_says(monkeypatch):
     torch.testing.assert_close(seen["others"], image_kv[0][0][[1, 2, 0]])
 
 
+def test_itm_is_the_mean_over_the_pairs_one_by_one(monkeypatch):
+    """Each with its own photo's keys and its own label; without those whose negative was not found."""
+    model, batch = small_model(), random_batch(3)
+    found = torch.tensor([True, False, True, True, True, False])
+    negatives = blip2.Negatives(torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]), found)
+    monkeypatch.setattr(blip2, "draw_negatives", lambda *_: negatives)
+    pairs = [(i, i, 1) for i in range(3)]
+    pairs += [(negatives.images[i], i, 0) for i in (0, 2)] + [(i, negatives.texts[i], 0) for i in (0, 1)]
+    image_kv, costs = model.image_kv(model.image_tokens(batch.images)), []
+    for image, text, label in pairs:
+        kv = [(k[image][None], v[image][None]) for k, v in image_kv]
+        query_out = model.qformer.encode_pairs(batch.text_ids[text][None], batch.text_mask[text][None], kv)
+        costs.append(F.cross_entropy(model.itm_logits(query_out), torch.tensor([label])))
+    totals = {"itc": 3, "itm": len(costs), "itg": len(batch.label_rows)}
+    torch.testing.assert_close(model.stage1_losses(batch, totals=totals)["itm"], sum(costs) / len(costs))
+
+
 # --- ITG
 
 

@@ -1,5 +1,6 @@
 """Stage 2 and its calls: what the language model is trained on, what it is asked, and how often anything runs."""
 
+import itertools
 import json
 import re
 import shutil
@@ -295,6 +296,22 @@ def test_a_step_that_a_card_has_recorded_is_the_step(kind):
     assert decoder.recorded.graph is not None
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_what_a_recorded_step_reads_stays_where_it_is(kind):
+    """As long as the recording does: until rows multiply or leave."""
+    llm, seen = stage2_model(kind).llm, []
+    decoder = llm.decoder_for(torch.randn(2, 5, 128), torch.ones(2, 5, dtype=torch.bool), 9)
+    decoder.start()
+    for rows in ([0, 0, 1, 1], [1, 0, 2, 2], [0, 1, 3, 2], [2, 3], [1, 0]):  # of two images; then one has finished
+        decoder.select(torch.tensor(rows), 2)
+        read = [decoder.cache.k, decoder.cache.v, decoder.cache.place]
+        read += [decoder.real] if kind == "opt" else [decoder.mask, *(x for kv in decoder.memory for x in kv)]
+        seen.append((decoder.recorded, [x.data_ptr() for x in read]))
+        decoder.step(torch.full((len(rows),), 7))
+    same = [(before is after, old == new) for (before, old), (after, new) in itertools.pairwise(seen)]
+    assert same == [(True, True), (True, True), (False, False), (True, True)]
 
 
 @pytest.mark.parametrize("kind", LLMS)
