@@ -312,33 +312,59 @@ def daquar_table() -> str:
     return "\n".join(lines)
 
 
-BENCHES = {
-    "stage1": "a step of stage 1, batch 16",
-    "stage2": "a step of stage 2, OPT-125m, batch 8",
-    "generate": "captions, 5 beams, 20 tokens, batch 8",
-    "retrieval": "ITM of 2 photos with 64 texts",
+SPEED = {
+    "fp32, AMD EPYC": {
+        "stage1": "a step of stage 1, batch 16",
+        "stage2": "a step of stage 2, OPT-125m, batch 8",
+        "generate": "captions, 5 beams, 20 tokens, batch 8",
+        "retrieval": "ITM of 2 photos with 64 texts",
+    },
+    "bf16, Intel Xeon": {
+        "stage1-amx": "a step of stage 1, batch 16",
+        "stage2-amx": "a step of stage 2, OPT-125m, batch 8",
+        "generate-amx": "captions, 5 beams, 20 tokens, batch 8",
+    },
+    "fp32, Intel Xeon": {
+        "stage1-amx-fp32": "a step of stage 1, batch 16",
+        "stage2-amx-fp32": "a step of stage 2, OPT-125m, batch 8",
+        "generate-amx-fp32": "captions, 5 beams, 20 tokens, batch 8",
+    },
+    "bf16, NVIDIA H100": {
+        "stage1-h100": "a step of stage 1, ViT-g, batch 384",
+        "stage2-h100": "a step of stage 2, ViT-g, OPT-2.7b, batch 128",
+        "generate-h100": "captions, ViT-g, OPT-2.7b, 5 beams, 20 tokens, batch 8",
+    },
 }
 
 
 def speed_table() -> str:
     """bench.py, beside the best matrix product and beside transformers."""
-    lines = [row("fp32", "seconds", "a second", "GFLOP/s", "of the best product", "in turns: we, transformers",
-                 "times as fast", "times as few FLOPs"), "|---|" + "---|" * 7]  # fmt: skip
-    for what, title in BENCHES.items():
-        numbers = log(f"bench-{what}")["numbers"]
-        unit = next(name for name in numbers if name.endswith(" a second")).split()[0]
-        ratios = (numbers[f"times as fast, {which}"] for which in ("median of the pairs", "worst pair", "best pair"))
-        cells = (
-            f"{numbers['seconds']:.2f}",
-            f"{numbers[f'{unit} a second']:.1f} {unit}",
-            f"{numbers['GFLOP/s']:.0f}",
-            f"{numbers['MFU, %']:.0f} %",
-            f"{numbers['seconds, in turns']:.2f}, {numbers['seconds of transformers, in turns']:.2f}",
-            "{:.2f} ({:.2f} to {:.2f})".format(*ratios),
-            f"{numbers['times as many FLOPs in transformers']:.2f}",
-        )
-        lines.append(row(title, *cells))
-    return "\n".join(lines)
+    lines, fewer = [], "times as many FLOPs in transformers"
+    for machine, works in SPEED.items():
+        lines.append(row(f"**{machine}**", *[""] * 7))
+        for what, title in works.items():
+            numbers = log(f"bench-{what}")["numbers"]
+            unit = next(name for name in numbers if name.endswith(" a second")).split()[0]
+            cells = [
+                f"{numbers['seconds']:.2f}",
+                f"{numbers[f'{unit} a second']:,.1f} {unit}",
+                f"{numbers['GFLOP/s']:,.0f}",
+                f"{numbers['MFU, %']:.0f} %",
+                *["–"] * 3,
+            ]
+            if "seconds, in turns" in numbers:
+                times = (
+                    numbers[f"times as fast, {which}"] for which in ("median of the pairs", "worst pair", "best pair")
+                )
+                cells[4:] = [
+                    f"{numbers['seconds, in turns']:.2f}, {numbers['seconds of transformers, in turns']:.2f}",
+                    "{:.2f} ({:.2f} to {:.2f})".format(*times),
+                    f"{numbers[fewer]:.2f}" if fewer in numbers else "–",
+                ]
+            lines.append(row(title, *cells))
+    rate, turns = "of the best product", "in turns: we, transformers"
+    head = row("", "seconds", "a second", "GFLOP/s", rate, turns, "times as fast", "times as few FLOPs")
+    return "\n".join([head, "|---|" + "---|" * 7, *lines])
 
 
 TABLES = [shapes_table, losses_table, photos_table, answers_table, figure5_table, captions_table]
