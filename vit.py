@@ -1,17 +1,16 @@
-"""The image encoder: one plain pre-norm ViT that serves EVA-CLIP ViT-g/14, CLIP ViT-L/14 and DINOv2.
+"""The image encoder: one plain pre-norm ViT for EVA-CLIP ViT-g/14, CLIP ViT-L/14 and DINOv2.
 
-It is frozen in both stages and trained in fine-tuning.
+Frozen in both stages; trained in fine-tuning, unless --freeze-vit.
 
 Paper 3.4: "We remove the last layer of the ViT and use the second last layer's output features."
-So a `ViT` is built one block short of the published depth, and has no final norm: the trained
-`ln_vision` of blip2.py stands in its place. All P = 1 + h*w tokens are returned, [CLS] first.
+So a `ViT` lacks the published last block and the final norm, which the trained `ln_vision` of model.py replaces. It
+returns all P = 1 + H/patch * W/patch tokens, [CLS] first.
 
 In:  images (B, 3, H, W), uint8 or already normalised; any H and W that are multiples of the patch size
 Out: image tokens (B, P, V)
 
-Left out on purpose: dropout and drop path (0 in every BLIP-2 recipe), and DINOv2's LayerScale, which
-weights.py folds into the Linear before it.
-Letters: B images, P tokens of an image, V width, H heads, K width of a head.
+Left out on purpose: dropout and drop path (0 in every BLIP-2 recipe), and DINOv2's LayerScale, which the weight loader
+folds into the Linear before it. Letters: see the glossary of qformer.py.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes and habits of one encoder. `depth` counts the blocks that run, not those published."""
+    """Architecture of one encoder. `depth` counts the blocks of the `ViT`, one less than published."""
 
     width: int
     depth: int
@@ -34,17 +33,17 @@ class ViTConfig:
     mlp: int
     patch_size: int = 14
     image_size: int = 224  # the (square) side that the position table was made for
-    act: str = "gelu"  # "gelu" is the exact one, by erf; CLIP has "quick_gelu"
+    act: str = "gelu"  # exact (erf); CLIP: "quick_gelu"
     eps: float = 1e-6
-    ln_pre: bool = False  # CLIP normalises once more before the first block
+    ln_pre: bool = False  # CLIP: LayerNorm before the first block
     conv_bias: bool = True
     key_bias: bool = True  # EVA has none; softmax cancels it anyway
-    align_corners: bool = False  # how the family resizes its positions: EVA and DINOv2 False, CLIP True
+    align_corners: bool = False  # when the position table is resized; CLIP: True, as in LAVIS
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
 
-# The paper's two encoders (3.4), and a small one. Published depths are 40, 24 and 12; the last block is gone here.
+# The paper's two encoders (3.4), and a small one. Published depths are 40, 24 and 12; the last block is dropped.
 PRESETS = {
     "eva-g": ViTConfig(1408, depth=39, heads=16, mlp=6144, key_bias=False),  # 985,894,528 parameters
     "clip-l": ViTConfig(  # 290,581,504 parameters
@@ -55,7 +54,7 @@ PRESETS = {
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's cheaper GELU, x * sigmoid(1.702 x)."""
+    """CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -69,7 +68,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = cfg.heads
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
-        # The three biases are apart because EVA-CLIP stores two of them only.
+        # Three separate biases, because EVA-CLIP has no key bias.
         self.q_bias = nn.Parameter(torch.zeros(cfg.width))
         self.k_bias = nn.Parameter(torch.zeros(cfg.width)) if cfg.key_bias else None
         self.v_bias = nn.Parameter(torch.zeros(cfg.width))
@@ -107,7 +106,7 @@ class ViT(nn.Module):
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg = cfg
-        self.grad_checkpointing = False  # recompute each block in the backward pass: slower, far less memory
+        self.grad_checkpointing = False  # activation checkpointing of each block: slower, less memory
         grid = cfg.image_size // cfg.patch_size
         self.patch_embed = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=cfg.conv_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
@@ -118,7 +117,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The usual N(0, 0.02) of ViTs, for encoders trained from scratch (assets/make_tiny.py)."""
+        """The usual N(0, 0.02) of ViTs, for encoders trained from scratch (tools/make_tiny.py)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.weight.normal_(0, 0.02)
@@ -133,7 +132,7 @@ class ViT(nn.Module):
         return self.pos_embed.dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 1 + H/patch * W/patch, V). uint8 is normalised here, floats are taken as normalised."""
+        """(B, 3, H, W) -> (B, 1 + H/patch * W/patch, V). uint8 is normalised here, floats must be normalised."""
         B, _, height, width = images.shape
         patch = self.cfg.patch_size
         if height % patch or width % patch:
@@ -156,13 +155,13 @@ class ViT(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 with the encoder's own mean and standard deviation."""
         x = images.float()
-        for channel, (mean, std) in enumerate(zip(self.cfg.mean, self.cfg.std)):  # plain numbers: no copy to the device
+        for channel, (mean, std) in enumerate(zip(self.cfg.mean, self.cfg.std)):  # Python floats: no copy to the device
             x[:, channel].sub_(255 * mean).div_(255 * std)
         return x
 
     @torch.no_grad()
     def resize_positions(self, image_size: int) -> None:
-        """Make the position table that of another image size for good, so that it can be trained there."""
+        """Resize the position table for good to another image size, for training at that size."""
         grid = image_size // self.cfg.patch_size
         self.pos_embed = nn.Parameter(self.positions(grid, grid).clone(), self.pos_embed.requires_grad)
         self.cfg = replace(self.cfg, image_size=image_size)
@@ -170,7 +169,7 @@ class ViT(nn.Module):
     def positions(self, rows: int, columns: int) -> Tensor:
         """The position table for a grid of rows x columns patches: (1, 1 + rows*columns, V).
 
-        Another grid than the table's own is resized bicubically in fp32; [CLS] has no place and is kept.
+        For a grid other than its own, the patches' rows are resized bicubically in fp32 and the [CLS] row is kept.
         """
         grid = self.cfg.image_size // self.cfg.patch_size
         if (rows, columns) == (grid, grid):

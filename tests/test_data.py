@@ -1,443 +1,356 @@
-"""From files to batches: what comes in is checked, what comes out does not depend on processes, workers or order."""
+"""From samples to batches: what each stage reads and predicts, and an order of samples that depends on the seed only,
+not on ranks, micro-batches, workers or interruptions."""
 
-import hashlib
-import json
-import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import LLMS, ROOT, stage2_model
 from PIL import Image
+from test_sources import ramp, write, write_annotations
 
 from data import (
-    Annotations,
-    Mixture,
+    EvalSet,
     StepSampler,
-    Texts,
-    TrainBatches,
-    UserError,
-    clean_caption,
-    decode_crop,
-    eval_transform,
-    make_batch,
-    open_photos,
-    open_picture,
-    pad,
-    random_crop,
-    says_left_or_right,
-    to_rgb,
+    TrainSet,
+    collate_captions,
+    collate_for,
+    collate_lm,
+    collate_pairs,
+    collate_prompted,
+    collate_questions,
+    image_loader,
+    loader_workers,
+    qformer_batch,
     train_loader,
-    train_transform,
 )
+from engine.errors import UserError
+from llm import OPT, T5
+from sources.annotations import AnnotationFile, Mixture, ShapesSource, open_images
+from sources.images import eval_transform
+from sources.text import BertTokenizer, LLMTokenizer
 
-BERT = "assets/tiny/bert"
-
-
-def write_photos(folder, count=6, size=(40, 30), captions=None, **first):
-    """A small annotated folder; photo i is all of grey level 10 * i."""
-    records = []
-    for i in range(count):
-        Image.new("RGB", size, (10 * i,) * 3).save(folder / f"{i}.png")
-        records.append({"image": f"{i}.png", "caption": captions[i] if captions else f"a red circle {'very ' * i}big"})
-    records[0] |= first
-    (folder / "a.json").write_text(json.dumps(records))
-    return folder / "a.json"
-
-
-# --- text
+CAPTIONS = [
+    "a small red circle above a large blue square",
+    "there is a large white star at the top left",
+    "a picture of a small green cross",
+    "three shapes",
+]
 
 
-@pytest.mark.parametrize(
-    "raw, clean",
-    [
-        ("A dog.", "a dog"),
-        ('Two "dogs" (big); one*small!', "two dogs big one small"),
-        ("Hello:  world~#\n", "hello world"),
-        ("don't stop, well-known? and/or", "don't stop, well-known? and/or"),
-        (" ".join(["word"] * 60), " ".join(["word"] * 50)),
-        ("...", ""),
-    ],
-)
-def test_caption_cleaning_is_the_originals(raw, clean):
-    """BlipCaptionProcessor.pre_caption in LAVIS."""
-    assert clean_caption(raw) == clean
+def bert_tokenizer(max_tokens: int = 32) -> BertTokenizer:
+    return BertTokenizer(ROOT / "assets/tiny/bert", max_tokens)
 
 
-def test_texts_start_with_cls_end_with_sep_and_are_cut_at_the_limit():
-    texts = Texts(BERT, max_tokens=6)
-    short, long = texts.encode(["A red circle.", "a red circle left of a blue square"])
-    assert short[0] == long[0] == texts.cls_id and short[-1] == long[-1] == texts.sep_id
-    assert len(short) == 5 and len(long) == 6
-    assert texts.decode(short) == "a red circle"
-    assert texts.vocab_size - 1 not in short + long  # [DEC] is ours to place
+def llm_tokenizer(kind: str) -> LLMTokenizer:
+    return LLMTokenizer(LLMS[kind], {"opt": OPT, "t5": T5}[kind].prompt_format)
 
 
-def test_bundled_padding_and_truncation_are_switched_off(tmp_path):
-    """all-MiniLM-L6-v2's tokenizer.json pads to 128 and cuts at 128."""
-    texts = Texts(BERT)
-    texts.tokenizer.enable_padding(length=50)
-    texts.tokenizer.enable_truncation(4)
-    texts.save(tmp_path)
-    assert len(Texts(tmp_path).encode(["a red circle left of a blue square"])[0]) == 10
+def train_set(images: Mixture, size: int = 8, seed: int = 0, max_tokens: int = 32) -> TrainSet:
+    """Of stage 1."""
+    tokenizer = bert_tokenizer(max_tokens)
+    return TrainSet(images, lambda *args, **rest: collate_captions(tokenizer, *args, **rest), size, seed)
 
 
-def test_vocab_txt_will_do(tmp_path):
-    words = json.loads(open(f"{BERT}/tokenizer.json").read())["model"]["vocab"]
-    (tmp_path / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)))
-    captions = ["A red circle, left of a blue square.", "a zebra"]
-    assert Texts(tmp_path).encode(captions) == Texts(BERT).encode(captions)
+def collated(collate, *args) -> SimpleNamespace:
+    """A batch of targets, the last of `args`, and as strings: prompts, what is read, what is predicted."""
+    targets = args[-1]
+    seeds = [[0, row] for row in range(len(targets))]
+    batch, tokenizer = collate(*args, seeds, list(range(len(targets)))), args[0].tokenizer
+    prompts = [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(batch.prompt_ids, batch.prompt_mask)]
+    labels = [row[row != -100].tolist() for row in batch.labels]
+    return SimpleNamespace(batch=batch, prompts=prompts, labels=labels, texts=[tokenizer.decode(ids) for ids in labels])
 
 
-def test_texts_at_the_limit_are_counted(tmp_path):
-    path = write_photos(tmp_path, 2, captions=["a red circle", "a red circle left of a blue square"])
-    batches = TrainBatches(open_photos([str(path)], "train", 8), Texts(BERT, max_tokens=6), 8, seed=0)
-    assert [batches.__getitems__([(0, i)]).truncated for i in (0, 1)] == [0, 1]
+# --- the batch of each stage -----------------------------------------------------------------------------------------
 
 
-def test_padding_by_hand():
-    ids, mask = pad([[2, 5, 3], [2, 3]], pad_id=0)
-    assert ids.shape == (2, 8) and ids[1].tolist() == [2, 3, 0, 0, 0, 0, 0, 0]  # up to a multiple of 8
-    assert mask.sum(dim=1).tolist() == [3, 2]
-    batch = make_batch([[2, 5, 3], [2, 3]], 0, [7, 8])
-    assert batch.label_rows.tolist() == [0, 1, 8]  # b * T + t of each token that has a next one
+def test_itg_predicts_from_each_token_the_next():
+    """And nothing from the last one, [SEP], nor from padding."""
+    batch = qformer_batch([[2, 5, 3], [2, 3]], 0, [7, 8])
+    assert batch.text_ids.tolist() == [[2, 5, 3, 0, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0, 0, 0]]
+    assert batch.labels.tolist() == [[5, 3, *[-100] * 6], [3, *[-100] * 7]]
+    assert batch.text_mask.sum(dim=1).tolist() == [3, 2] and batch.image_ids.tolist() == [7, 8]
 
 
-# --- pictures
+def test_opt_learns_the_whole_caption_after_bos_and_a_newline_at_its_end():
+    """Paper 3.3, language modelling: [visual embeddings] [BOS] caption newline; only the caption and the newline are
+    predicted. OPT's [BOS] is </s>."""
+    tokenizer = llm_tokenizer("opt")
+    made = collated(collate_lm, tokenizer, [("", caption) for caption in CAPTIONS])
+    assert made.batch.prompt_ids.tolist() == [[2]] * 4 and tokenizer.tokenizer.id_to_token(2) == "</s>"
+    assert made.texts == [caption + "\n" for caption in CAPTIONS]
+    targets, labels = made.batch.target_ids, made.batch.labels
+    assert torch.equal(targets[labels != -100], labels[labels != -100])  # at the same places
+    assert (targets[labels == -100] == tokenizer.pad_id).all() and not {tokenizer.pad_id, 2} & set(sum(made.labels, []))
 
 
-def test_pictures_of_every_kind_become_rgb(tmp_path):
-    red = (200, 30, 40)
-    Image.new("RGB", (4, 4), red).save(tmp_path / "rgb.png")
-    Image.new("RGB", (4, 4), red).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    Image.new("RGB", (4, 4), red).quantize(4).save(tmp_path / "palette.png")
-    Image.new("L", (4, 4), 128).save(tmp_path / "grey.png")
-    Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "16bit.png")
-    frames = [Image.new("RGB", (4, 4), color) for color in (red, (0, 0, 255))]
-    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    clear.save(tmp_path / "transparent.png")
-    expected = {"16bit.png": (128,) * 3, "grey.png": (128,) * 3, "transparent.png": (255,) * 3}
-    for path in tmp_path.iterdir():
-        picture = open_picture(path)
-        assert picture.mode == "RGB" and picture.size == (4, 4)
-        assert np.abs(np.array(picture.getpixel((1, 1))) - expected.get(path.name, red)).max() <= 3, path.name
+def test_a_truncated_caption_keeps_its_newline_and_is_counted():
+    """32 tokens with [BOS], as in LAVIS, which cuts the newline off."""
+    tokenizer = llm_tokenizer("opt")
+    made = collated(collate_lm, tokenizer, [("", " ".join(["red circle"] * 40)), ("", "a star")])
+    assert len(made.labels[0]) + 1 == tokenizer.max_tokens == 32
+    assert made.labels[0][-1] == tokenizer.end_id and made.batch.truncated == 1
 
 
-def test_the_cameras_rotation_is_obeyed(tmp_path):
-    picture = Image.new("RGB", (8, 4))
-    exif = picture.getexif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == (4, 8)
+def test_t5_learns_the_suffix_of_a_caption_after_a_prefix_of_any_length():
+    """Paper 3.3, prefix language modelling: the encoder reads the prefix, the decoder writes the suffix."""
+    tokenizer = llm_tokenizer("t5")
+    made = collated(collate_lm, tokenizer, [("", caption) for caption in CAPTIONS * 8])
+    assert tokenizer.end_id == tokenizer.tokenizer.token_to_id("</s>") == 1
+    for row, caption in enumerate(CAPTIONS * 8):
+        prompt = made.batch.prompt_ids[row][made.batch.prompt_mask[row]].tolist()
+        assert prompt[-1] == made.labels[row][-1] == 1
+        assert (made.prompts[row] + " " + made.texts[row]).split() == caption.split()
+        assert made.texts[row]
+    assert "" in made.prompts and len(set(made.prompts)) > 8
 
 
-def test_a_photo_with_damaged_exif_is_a_photo(tmp_path):
-    """Only its rotation is unknown."""
-    odd = b"Exif\0\0" + struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x0112, 7, 1, 6, 0)  # a rotation of an odd type
-    for damaged in (b"Exif\0\0no TIFF header", odd):
-        Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=damaged)
-        assert open_picture(tmp_path / "a.jpg").size == (8, 8)
-        (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption": "nothing"}]')
-        assert Annotations(tmp_path / "a.json").train_view(0, 4, np.random.default_rng(0)).shape == (3, 4, 4)
+def test_the_prefix_depends_on_the_sample_and_not_on_its_batch():
+    """The same position in a run has the same prefix, whoever makes the batch."""
+    tokenizer = llm_tokenizer("t5")
+    samples = TrainSet(open_images(["shapes"], "train", 8), lambda *a, **k: collate_lm(tokenizer, *a, **k), 8, seed=3)
+    both, alone = samples[[(5, 7), (6, 9)]], samples[[(6, 9)]]
+    assert torch.equal(both.prompt_ids[1][both.prompt_mask[1]], alone.prompt_ids[0])
 
 
-@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
-def test_training_crops_a_turned_picture_as_if_it_stood_upright(tmp_path, kind):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (800, 200)).save(tmp_path / f"turned.{kind}", exif=exif)
-    crops = [
-        decode_crop(picture, 200, np.random.default_rng(0))
-        for picture in (Image.open(tmp_path / f"turned.{kind}"), Image.new("RGB", (200, 800)))
-    ]
-    assert crops[0][0].size == crops[1][0].size == (200, 800) and crops[0][1] == crops[1][1]
+@pytest.mark.parametrize("kind", LLMS)
+def test_captions_follow_the_prompt_in_fine_tuning(kind):
+    """Table 7: "a photo of" is read, not learned."""
+    made = collated(collate_prompted, llm_tokenizer(kind), "a photo of", [("", "A red star."), ("", "A circle")])
+    assert [prompt.strip() for prompt in made.prompts] == ["a photo of"] * 2
+    assert [text.strip() for text in made.texts] == ["a red star", "a circle"]
 
 
-def test_evaluation_squeezes_the_whole_picture_into_the_square():
-    wide = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 50, axis=0).repeat(3, axis=2))
-    pixels = eval_transform(wide, 20)
-    assert pixels.shape == (3, 20, 20) and pixels.dtype == torch.uint8
-    assert pixels[0, 0, 0] < 12 and pixels[0, 0, -1] > 188  # both ends are there
+@pytest.mark.parametrize("kind", LLMS)
+def test_answers_follow_their_questions_in_the_template(kind):
+    """Paper 4.3 and Figure 7: the question is read by the language model and by the Q-Former; prompts of different
+    lengths are padded where the model's format says."""
+    targets = [("What color is it?", "red"), ("how many shapes are there?", "two")]
+    template, bert = "Question: {} Answer:", bert_tokenizer()
+    made = collated(collate_questions, llm_tokenizer(kind), template, bert, targets)
+    batch = made.batch
+    assert [prompt.strip() for prompt in made.prompts] == [template.replace("{}", question) for question, _ in targets]
+    assert [text.strip() for text in made.texts] == ["red", "two"]
+    padded = {"opt": batch.prompt_mask[:, 0], "t5": batch.prompt_mask[:, -1]}[kind]
+    assert batch.prompt_mask.sum(dim=1)[0] != batch.prompt_mask.sum(dim=1)[1] and padded.sum() == 1
+    read = [bert.decode(ids[mask].tolist()) for ids, mask in zip(batch.text_ids, batch.text_mask)]
+    assert [text.replace(" ?", "?") for text in read] == ["what color is it?", "how many shapes are there?"]
+    assert collated(collate_questions, llm_tokenizer(kind), template, None, targets).batch.text_ids is None
 
 
-@pytest.mark.parametrize("size", [(40, 30), (30, 40), (400, 20), (20, 20)])
-def test_crops_have_half_to_all_of_the_area_and_a_sane_shape(size):
-    for seed in range(50):
-        left, top, right, bottom = random_crop(*size, np.random.default_rng(seed))
-        assert 0 <= left < right <= size[0] + 1e-6 and 0 <= top < bottom <= size[1] + 1e-6
-        assert 3 / 4 - 1e-6 <= (right - left) / (bottom - top) <= 4 / 3 + 1e-6
-        if size != (400, 20):  # too long for any: the middle
-            assert 0.5 - 1e-6 <= (right - left) * (bottom - top) / (size[0] * size[1]) <= 1
+def test_a_long_question_loses_its_last_words_and_not_the_templates():
+    tokenizer, template = llm_tokenizer("opt"), "Question: {} Answer:"
+    prompt = tokenizer.question_prompt(template, "what color is " + "the star and " * 20)
+    assert prompt.startswith("Question: what color is the star") and prompt.endswith("Answer:")
+    assert len(tokenizer.encode_prompts([prompt])[0]) <= tokenizer.max_tokens
+    assert tokenizer.question_prompt(template, "is it large?") == "Question: is it large? Answer:"
 
 
-def train_view(picture, size, seed, flip):
-    rng = np.random.default_rng(seed)
-    return train_transform(*decode_crop(picture, size, rng), size, rng, flip)
+def test_each_stage_makes_its_own_batches():
+    """By `collate_for`: captions for the Q-Former, or for the language model, after a prompt or not, or questions."""
+    bert = bert_tokenizer()
+    model = stage2_model("opt", tokenizer=bert, vocab_size=bert.vocab_size, max_positions=40)
+    model.prompt = "a photo of"
+
+    def batch_of(stage: str, target: tuple[str, str]):
+        return collate_for(stage, model)([target], [[0, 0]], [0])
+
+    def same(batch, other) -> bool:
+        pairs = zip(vars(batch).values(), vars(other).values(), strict=True)
+        return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+    caption, question, llm = ("", "A red star."), ("what is red?", "a star"), model.llm_tokenizer
+    for stage in ("1", "retrieval"):
+        assert same(batch_of(stage, caption), collate_captions(bert, [caption], [], [0]))
+    assert same(batch_of("2", caption), collate_lm(llm, [caption], [], [0]))
+    assert same(batch_of("caption", caption), collate_pairs(llm, [("a photo of", "a red star")], [0]))
+    assert same(batch_of("vqa", question), collate_questions(llm, model.template, None, [question], [], [0]))
+    model.condition_on_question()
+    assert same(batch_of("vqa", question), collate_questions(llm, model.template, bert, [question], [], [0]))
+    assert not same(batch_of("caption", caption), batch_of("2", caption))
 
 
-def test_training_sees_the_crop_and_evaluation_the_whole():
-    ramp = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, axis=0).repeat(3, axis=2))
-    for seed in range(20):
-        left, _, right, _ = random_crop(64, 64, np.random.default_rng(seed))
-        view = train_view(ramp, 16, seed, flip=False)
-        middle = 3 * ((left + right) / 2 - 0.5)  # pixel x is centred on x + 0.5 and has brightness 3 x
-        slope = 3 * (right - left) / 16
-        expected = middle + slope * (torch.arange(16) - 7.5)
-        assert (view[0, 8, 1:-1] - expected[1:-1]).abs().max() <= 1
+# --- samples ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("size", [32, 100, 200, 400])
-def test_a_large_jpeg_is_decoded_no_larger_than_needed(tmp_path, orientation, size):
-    """And training sees the same as of the whole picture, whichever way up the camera has stored it."""
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
-        (1280, 960), Image.Resampling.BICUBIC
-    )
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    noise.save(tmp_path / "a.jpg", quality=95, exif=exif)
-    for seed in range(5):
-        whole = Image.open(tmp_path / "a.jpg")
-        whole.load()
-        lazy = Image.open(tmp_path / "a.jpg")
-        views = [train_view(p, size, seed, True).float() for p in (whole, lazy)]
-        assert (views[0] - views[1]).abs().mean() < 1.5
-        left, top, right, bottom = random_crop(*to_rgb(whole).size, np.random.default_rng(seed))
-        enough = min(right - left, bottom - top) / size
-        assert whole.width == 1280 and 1280 // lazy.width == max(n for n in (1, 2, 4, 8) if n <= max(1, enough))
+def test_a_batch_has_the_images_texts_and_ids_of_its_samples(tmp_path):
+    images = open_images([write_annotations(tmp_path)], "train", 8)
+    batch = train_set(images)[[(0, 4), (1, 1)]]
+    assert batch.images.shape == (2, 3, 8, 8) and batch.images.dtype == torch.uint8
+    assert batch.images.float().mean(dim=(1, 2, 3)).tolist() == [40, 10]
+    texts = [bert_tokenizer().decode(ids.tolist()) for ids in batch.text_ids]
+    assert texts == ["a red circle very very very very big", "a red circle very big"]
+    assert batch.image_ids.tolist() == [images.image_id(4), images.image_id(1)] and batch.broken == []
 
 
-def test_half_of_the_pictures_are_mirrored_where_that_is_allowed():
-    ramp = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, axis=0).repeat(3, axis=2))
-    falling = {
-        flip: sum(
-            int(view[0, 0, 0]) > int(view[0, 0, -1])
-            for view in (train_view(ramp, 16, seed, flip) for seed in range(200))
-        )
-        for flip in (True, False)
-    }
-    assert falling[False] == 0 and 70 < falling[True] < 130
+def test_one_of_several_captions_is_drawn_at_each_step():
+    """Paper 3.4."""
+    images = open_images(["shapes"], "train", 8)
+    samples = train_set(images)
+    texts = {tuple(samples[[(position, 3)]].text_ids[0].tolist()) for position in range(40)}
+    assert len(texts) == len(images[3].captions) > 1
 
 
-@pytest.mark.parametrize(
-    "captions, expected",
-    [
-        (["a dog on the left"], True),
-        (["a dog", "Right of the tree"], True),
-        (["the leftmost boy"], True),
-        (["a bright upright copyright"], False),
-        (["a dog"], False),
-    ],
-)
-def test_captions_that_a_mirror_would_falsify(captions, expected):
-    assert says_left_or_right(captions) == expected
+def test_texts_at_the_token_limit_are_counted(tmp_path):
+    path = write_annotations(tmp_path, 2, captions=["a red circle", "a red circle left of a blue square"])
+    samples = train_set(open_images([path], "train", 8), max_tokens=6)
+    assert [samples[[(0, i)]].truncated for i in (0, 1)] == [0, 1]
 
 
-def test_a_photo_with_left_in_any_caption_is_never_mirrored(tmp_path):
-    ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, axis=0).repeat(3, axis=2)
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    for captions, mirrored in ((["a ramp", "dark on the left"], False), (["a ramp"], True)):
-        (tmp_path / "a.json").write_text(json.dumps([{"image": "ramp.png", "caption": captions}]))
-        batches = TrainBatches(open_photos([str(tmp_path / "a.json")], "train", 16), Texts(BERT), 16, seed=0)
-        images = batches.__getitems__([(position, 0) for position in range(40)]).images.int()
-        assert bool((images[:, 0, 0, 0] > images[:, 0, 0, -1]).any()) == mirrored
+def test_sets_that_are_mixed_have_image_ids_of_their_own(tmp_path):
+    files = AnnotationFile(write_annotations(tmp_path))
+    batch = train_set(Mixture([files, ShapesSource("val", 8)]))[[(0, 5), (1, 6)]]
+    assert (batch.image_ids >> 48).tolist() == [0, 1]
+    assert torch.equal(batch.images[1], eval_transform(ShapesSource("val", 8).image(0), 8))
 
 
-# --- annotation files
+def test_an_image_without_left_or_right_is_mirrored_in_half_of_the_steps(tmp_path):
+    ramp(64, 64).save(tmp_path / "ramp.png")
+    for captions, mirrored in ((["a ramp"], range(10, 31)), (["a ramp", "dark on the left"], [0])):
+        file = write(tmp_path, "a.json", [{"image": "ramp.png", "caption": captions}])
+        views = train_set(open_images([file], "train", 16), 16)[[(n, 0) for n in range(40)]].images.int()
+        assert int((views[:, 0, 0, 0] > views[:, 0, 0, -1]).sum()) in mirrored
 
 
-def test_formats_of_annotations(tmp_path):
-    write_photos(tmp_path)
-    photos = Annotations(tmp_path / "a.json")
-    assert (
-        len(photos) == 6
-        and photos.captions(1) == ["a red circle very big"]
-        and photos.picture(2).getpixel((0, 0)) == (20,) * 3
-    )
-
-    lines = [{"image": "0.png", "caption": ["one", "two"], "image_id": 9}, {"image": "1.png", "caption": "three"}]
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    photos = Annotations(tmp_path / "b.jsonl")
-    assert photos.captions(0) == ["one", "two"] and photos.key(0) == "9" and photos.key(1) == "1.png"
-
-    karpathy = {
-        "images": [
-            {
-                "filename": f"{i}.png",
-                "filepath": "",
-                "split": split,
-                "sentences": [{"raw": "A"}, {"raw": "B"}],
-                "cocoid": i,
-            }
-            for i, split in enumerate(["train", "restval", "val", "test", "train"])
-        ]
-    }
-    (tmp_path / "k.json").write_text(json.dumps(karpathy))
-    assert [len(Annotations(tmp_path / "k.json", split)) for split in ("train", "val", "test")] == [3, 1, 1]
-    assert Annotations(tmp_path / "k.json", "val").captions(0) == ["A", "B"]
+def test_an_unreadable_image_is_named_and_replaced_by_the_next_readable_one(tmp_path):
+    """With the caption and the id of the image that takes its place."""
+    path = write_annotations(tmp_path)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:-30])  # cut off in its pixels
+    images = open_images([path], "train", 8)
+    batch = train_set(images)[[(0, 0), (1, 1)]]
+    assert [name.rsplit("/", 1)[1] for name, _ in batch.broken] == ["1.png", "2.png"]
+    assert "does not exist" in batch.broken[0][1] and "broken or cut short" in batch.broken[1][1]
+    assert len(batch) == 2 and batch.images[1].float().mean() == 30
+    assert bert_tokenizer().decode(batch.text_ids[1].tolist()) == "a red circle very very very big"
+    assert batch.image_ids.tolist() == [images.image_id(0), images.image_id(3)]
 
 
-def test_a_split_without_photos_and_an_id_that_is_null(tmp_path):
-    """The splits that are there are named; null, as pandas writes it, is no id."""
-    images = [{"filename": "0.png", "split": "val", "sentences": [{"raw": "a"}]}]
-    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
-    with pytest.raises(UserError, match="k.json has no photo of the split train, only of val"):
-        Annotations(tmp_path / "k.json")
-    write_photos(tmp_path, image_id=None)
-    assert Annotations(tmp_path / "a.json").key(0) == "0.png"
-    with pytest.raises(UserError, match="is a folder: expected a .json"):
-        Annotations(tmp_path)
+def test_an_unreadable_image_of_an_evaluation_is_reported_and_not_replaced(tmp_path):
+    path = write_annotations(tmp_path, 3)
+    (tmp_path / "1.png").unlink()
+    readable, broken, pixels = EvalSet(open_images([path], "val", 8), 8)[[0, 1, 2]]
+    assert readable == [0, 2] and list(broken) == [1] and "1.png does not exist" in broken[1]
+    assert pixels.float().mean(dim=(1, 2, 3)).tolist() == [0, 20]
 
 
-def test_photos_may_live_elsewhere(tmp_path):
-    (tmp_path / "photos").mkdir()
-    path = write_photos(tmp_path / "photos").rename(tmp_path / "a.json")
-    assert Annotations(path, images=[tmp_path / "photos"]).picture(1).size == (40, 30)
+# --- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_image_ids_are_of_the_photo_and_its_set(tmp_path):
-    """Records of one photo share an id; the same name in another set is another photo; ids never change."""
-    records = [{"image": "x.jpg", "caption": c} for c in "ab"] + [{"image": "y.jpg", "caption": "c", "image_id": 5}]
-    for name in ("one.json", "two.json"):
-        (tmp_path / name).write_text(json.dumps(records))
-    photos = open_photos([str(tmp_path / "one.json"), str(tmp_path / "two.json")], "train", 16)
-    ids = [photos.image_id(i) for i in range(6)]
-    assert ids[0] == ids[1] and len(set(ids)) == 4
-    key, part = hashlib.sha256(b"x.jpg").digest()[:6], 1  # 48 bits of the key, above them the number of the set
-    assert ids[0] == int.from_bytes(key, "big") and ids[3] == ids[0] + (part << 48)
-    assert torch.tensor(ids).dtype == torch.int64
+def sampler(images, batch=4, accumulate=1, steps=20, start=0, rank=0, world=1, seed=0) -> StepSampler:
+    return StepSampler(images, seed, batch, accumulate, steps, start, rank, world)
 
 
-def test_held_out_photos_are_the_same_always_and_on_one_side_only(tmp_path):
-    records = [{"image": f"{i // 2}.jpg", "caption": "a"} for i in range(20)]  # two records a photo
-    (tmp_path / "a.json").write_text(json.dumps(records))
-    photos = open_photos([str(tmp_path / "a.json")], "train", 16)
-    rest, out = photos.held_out(3)
-    assert len(rest) == 14 and len(out) == 6
-    assert not {rest.image_id(i) for i in range(14)} & {out.image_id(i) for i in range(6)}
-    assert (photos.held_out(3)[1].chosen == out.chosen).all()
-
-
-# --- what comes when
-
-
-def steps_of(sampler):
-    return [tuple(samples) for samples in sampler]
-
-
-def sampler(photos, batch=4, accumulate=1, steps=20, start=0, rank=0, world=1, seed=0):
-    return StepSampler(photos, seed, batch, accumulate, steps, start, rank, world)
+def steps_of(*args, **changes) -> list[list[tuple[int, int]]]:
+    """(position, index) of the samples of each micro-batch of a rank."""
+    return list(sampler(*args, **changes))
 
 
 @pytest.fixture
-def photos(tmp_path):
+def images(tmp_path) -> Mixture:
+    """43 images with captions of 3 to 9 words."""
     captions = ["a " + "very " * (i % 7) + "red circle" for i in range(43)]
-    return open_photos([str(write_photos(tmp_path, 43, (8, 8), captions))], "train", 8)
+    return open_images([write_annotations(tmp_path, 43, (8, 8), captions)], "train", 8)
 
 
-def test_an_epoch_shows_each_photo_once_but_for_the_tail(photos):
-    s, orders = sampler(photos), []
-    assert s.per_epoch == 10
+def test_an_epoch_shows_each_image_once_except_for_the_dropped_tail(images):
+    steps, orders = steps_of(images), []
+    assert sampler(images).per_epoch == 10
     for epoch in range(2):
-        seen = [index for samples in steps_of(s)[10 * epoch : 10 * epoch + 10] for _, index in samples]
+        seen = [index for samples in steps[10 * epoch : 10 * epoch + 10] for _, index in samples]
         assert len(seen) == len(set(seen)) == 40
         orders.append(seen)
-    assert len(set(orders[0]) ^ set(orders[1])) > 0  # another tail is dropped: it is another permutation
-    positions = [position for samples in steps_of(s) for position, _ in samples]
+    assert set(orders[0]) != set(orders[1])  # another permutation drops another tail
+    positions = [position for samples in steps for position, _ in samples]
     assert len(set(positions)) == 80
-    assert steps_of(s) != steps_of(sampler(photos, seed=1))
+    assert steps != steps_of(images, seed=1)
 
 
-def test_the_twins_of_the_shapes_world_meet_in_one_batch():
+def test_the_twins_of_the_shapes_world_stay_in_one_batch():
     """So that ITC and ITM have to tell "red circle above blue square" from "blue circle above red square"."""
-    for samples in steps_of(sampler(open_photos(["shapes"], "train", 8), batch=16, steps=5)):
-        indices = {index for _, index in samples}  # a twin is the next picture
+    for samples in steps_of(open_images(["shapes"], "train", 8), batch=16, steps=5):
+        indices = {index for _, index in samples}  # the twin of an even index is the next one
         assert len(indices) == 16 and all(index ^ 1 in indices for index in indices)
 
 
 @pytest.mark.parametrize("start", [1, 7, 10, 13])
-def test_a_resumed_sampler_goes_on_where_the_other_stopped(photos, start):
-    assert steps_of(sampler(photos, start=start)) == steps_of(sampler(photos))[start:]
+def test_a_resumed_sampler_continues_where_the_other_stopped(images, start):
+    assert steps_of(images, start=start) == steps_of(images)[start:]
+    assert len(sampler(images, start=start, accumulate=2, batch=2)) == 2 * (20 - start)
 
 
 @pytest.mark.parametrize("world, accumulate", [(2, 1), (1, 2), (2, 2), (4, 1)])
-def test_processes_and_micro_batches_share_the_steps_of_one(photos, world, accumulate):
-    whole = steps_of(sampler(photos, batch=8))
+def test_ranks_and_micro_batches_share_the_steps_of_one(images, world, accumulate):
     size = 8 // world // accumulate
-    parts = [steps_of(sampler(photos, size, accumulate, rank=rank, world=world)) for rank in range(world)]
-    for step, samples in enumerate(whole):
-        joined = [
-            sample
-            for micro in range(accumulate)
-            for rank in range(world)
-            for sample in parts[rank][step * accumulate + micro]
-        ]
-        assert tuple(joined) == samples
+    parts = [steps_of(images, size, accumulate, rank=rank, world=world) for rank in range(world)]
+    for step, samples in enumerate(steps_of(images, batch=8)):
+        shares = [parts[rank][step * accumulate + micro] for micro in range(accumulate) for rank in range(world)]
+        assert sum(shares, []) == samples
 
 
-def test_captions_of_a_step_are_of_similar_length(photos):
-    """So that little padding is computed; the steps themselves come in no order of length."""
-    s = sampler(photos, steps=10)
-    lengths = [[len(photos.captions(index)[0].split()) for _, index in samples] for samples in s]
+def test_captions_of_a_step_are_of_similar_length(images):
+    """So that little padding is computed; the steps themselves are not ordered by length."""
+    lengths = [[len(images[index].captions[0].split()) for _, index in samples] for samples in steps_of(images)[:10]]
     assert np.mean([max(step) - min(step) for step in lengths]) < 1
     assert sorted(map(max, lengths)) != list(map(max, lengths))
 
 
-def test_the_data_do_not_depend_on_workers(photos):
-    def batches(workers):
-        return list(
-            train_loader(TrainBatches(photos, Texts(BERT), 8, seed=0), sampler(photos, steps=3), workers, pin=False)
-        )
-
-    for alone, helped in zip(batches(0), batches(2), strict=True):
-        assert torch.equal(alone.images, helped.images) and torch.equal(alone.text_ids, helped.text_ids)
-        assert torch.equal(alone.image_ids, helped.image_ids)
+def test_answers_of_one_length_are_spread_over_the_steps(tmp_path):
+    """Answers of one length belong to questions of one kind, and a batch of one kind would pull one way."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    records = [{"image": "0.png", "question": "is it red?", "answer": ["no", "a dark red"][i % 2]} for i in range(64)]
+    file = write(tmp_path, "q.json", records)
+    steps = steps_of(open_images([file], "train", 8, questions=True), batch=16, steps=4)
+    assert all(0 < sum(index % 2 for _, index in samples) < 16 for samples in steps)
 
 
-def test_one_of_several_captions_is_drawn_at_each_step():
-    photos = open_photos(["shapes"], "train", 64)
-    batches = TrainBatches(photos, Texts(BERT), 64, seed=0)
-    ids = {tuple(batches.__getitems__([(position, 3)]).text_ids[0].tolist()) for position in range(40)}
-    assert len(ids) == len(photos.captions(3)) > 1
+def test_a_step_larger_than_the_set_is_refused(images):
+    with pytest.raises(
+        UserError, match="43 images are fewer than one step's 48 .4 x 3 accumulated x 4 processes.: pass"
+    ):
+        sampler(images, 4, accumulate=3, world=4)
 
 
-def test_mixed_sets_all_take_part(tmp_path, photos):
-    both = Mixture([photos.parts[0], open_photos(["shapes"], "val", 8).parts[0]])
-    assert len(both) == 43 + 500
-    batch = TrainBatches(both, Texts(BERT), 8, seed=0).__getitems__([(0, 42), (1, 43)])
-    assert (batch.image_ids >> 48).tolist() == [0, 1]
+# --- loaders ---------------------------------------------------------------------------------------------------------
 
 
-def test_unreadable_photos_are_named_skipped_and_replaced(tmp_path):
-    path = write_photos(tmp_path)
-    (tmp_path / "1.png").unlink()
-    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:-30])  # in the middle of its pixels
-    batches = TrainBatches(open_photos([str(path)], "train", 8), Texts(BERT), 8, seed=0)
-    batch = batches.__getitems__([(0, 0), (1, 1)])
-    assert [name.rsplit("/", 1)[1] for name, _ in batch.broken] == ["1.png", "2.png"]
-    assert "does not exist" in batch.broken[0][1] and "broken or cut short" in batch.broken[1][1]
-    assert len(batch) == 2 and batch.images[1].float().mean() == 30  # photo 3 stands in, with its own caption and id
-    assert batches.texts.decode(batch.text_ids[1].tolist()) == "a red circle very very very big"
-    assert batch.image_ids.tolist() == [batches.photos.image_id(0), batches.photos.image_id(3)]
+def test_the_data_of_a_step_depend_on_the_seed_only(tmp_path):
+    """Captions, crops and mirroring are drawn from it and the position in the run: workers, ranks and a resume change
+    nothing."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
+    for i, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    records = [{"image": f"{i}.png", "caption": ["a dog", "two small dogs", "a cat"]} for i in range(8)]
+    images = open_images([write(tmp_path, "a.json", records)], "train", 8)
+
+    def batches(workers: int = 0, seed: int = 0, **place) -> list:
+        return list(train_loader(train_set(images, seed=seed), sampler(images, steps=4, **place), workers, pin=False))
+
+    def same(batch, other) -> bool:
+        return all(torch.equal(getattr(batch, x), getattr(other, x)) for x in ("images", "text_ids", "image_ids"))
+
+    steps = batches()
+    assert len(steps) == 4 and all(map(same, steps, batches(workers=2)))
+    assert all(map(same, steps[3:], batches(start=3)))
+    halves = [batches(batch=2, rank=rank, world=2) for rank in range(2)]
+    for step, (first, second) in zip(steps, zip(*halves)):
+        assert torch.equal(step.images, torch.cat([first.images, second.images]))
+    assert not any(map(same, steps, batches(seed=1)))  # of the data set alone, the order is the same
 
 
-def test_records_are_one_block_of_bytes(tmp_path):
-    """Forked workers share it: no list of a million dictionaries that each of them would copy."""
-    path = tmp_path / "many.jsonl"
-    path.write_text("\n".join(json.dumps({"image": f"{i}.jpg", "caption": "a dog"}) for i in range(1000)))
-    photos = Annotations(path)
-    assert photos.captions(999) == ["a dog"] and photos.name(7).endswith("7.jpg")
-    large = {name for name, value in vars(photos).items() if hasattr(value, "__len__") and len(value) > 1}
-    assert large == {"bytes", "offsets"} and {type(photos.bytes), type(photos.offsets)} == {np.ndarray}
-    assert photos.bytes.nbytes < 100_000
+def test_reading_images_of_an_evaluation_leaves_the_random_state_alone(images):
+    """Otherwise a validation would change the dropout of the steps after it."""
+    before = torch.get_rng_state()
+    rows = [readable for readable, _, _ in image_loader(images, 8, [[0, 1], [5]], workers=0)]
+    assert rows == [[0, 1], [5]] and torch.equal(torch.get_rng_state(), before)
 
 
-def test_shapes_are_not_cropped_and_photos_are(tmp_path):
-    """A caption of the shapes world tells of every object and its place, so a crop would make it false."""
-    world = open_photos(["shapes"], "train", 32)
-    view = world.train_view(3, 32, np.random.default_rng(0))
-    assert torch.equal(view, eval_transform(world.picture(3), 32))
-    photos = open_photos([str(write_photos(tmp_path, 2))], "train", 32)
-    Image.effect_noise((40, 30), 50).save(tmp_path / "0.png")
-    assert not torch.equal(photos.train_view(0, 32, np.random.default_rng(0)), eval_transform(photos.picture(0), 32))
+def test_image_files_are_decoded_by_workers_and_the_shapes_world_is_not(images):
+    cfg = SimpleNamespace(workers=-1, data=["a.json"])
+    assert loader_workers(cfg, images) >= 1
+    assert loader_workers(SimpleNamespace(workers=-1, data=["shapes"]), images) == 0
+    assert loader_workers(SimpleNamespace(workers=3, data=["shapes"]), images) == 3
+    images.cached = object()
+    assert loader_workers(cfg, images) == 0

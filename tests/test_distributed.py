@@ -1,129 +1,211 @@
-"""Several processes train as one would on the big batch: losses, gradients, negatives, evaluation."""
+"""Several ranks compute what one process computes: the losses, gradients and hard negatives of one big batch, the same
+runs, the same evaluation files."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from conftest import random_batch, run_many, small_model
+from conftest import LLMS, ROOT, TINY, part_of, random_batch, small_model, stage2_model
+from safetensors.torch import load_file
+from samples import TINY_RUN, batches_of, caption_file, few, question_file, shapes_model
+from torch.nn.parallel import DistributedDataParallel
 
-from blip2 import stage1_totals
-from data import make_batch
-from losses import all_gather, all_sum, fetch_rows, world
+import losses
+import train
+from blip2 import Blip2
+from data import collate_lm
+from engine.distributed import all_gather, all_sum, fetch_rows, rank, world_size
+from engine.gradcache import two_pass_losses
+from model import OBJECTIVES, Blip2Model
+from sources.annotations import open_images
+from tasks import batches as shares
+from tasks.captions import captioning
+from tasks.features import cache_tokens, write_features
+from tasks.presets import write_result
+from tasks.retrieval import retrieval
+from tasks.shapes_qa import shapes_captioning, shapes_vqa
+from tasks.vqa import vqa
 
-IDS = [1, 2, 3, 4, 5, 6, 7, 2]  # one photo twice
+IDS = [1, 2, 3, 4, 5, 6, 7, 2]  # one image twice
+CAPTIONS = [
+    "a small red circle above a large blue square",
+    "three shapes",
+    "a picture of a small green cross",
+    "a star",
+]
 
 
-def part_of(batch, rows: range):
-    """Some rows of a batch, padded to their own longest text."""
-    ids = [batch.text_ids[row][batch.text_mask[row]].tolist() for row in rows]
-    return make_batch(
-        ids, 0, batch.image_ids[rows.start : rows.stop].tolist(), images=batch.images[rows.start : rows.stop]
-    )
+# --- one step --------------------------------------------------------------------------------------------------------
 
 
-def losses_and_gradients(model, batches, totals, learned=("itc", "itm", "itg")):
-    model.zero_grad()
+def step(model: Blip2, micro_batches: list, losses_of, learned: str = "") -> tuple[dict, dict]:
+    """(losses, gradients) of losses_of(model, batch), summed over the micro-batches and the ranks. learned: the loss
+    that the gradients are of, if not all."""
     sums = {}
-    for number, batch in enumerate(batches):
-        losses = model.stage1_losses(batch, totals=totals, generator=torch.Generator().manual_seed(number))
-        sum(losses[name] for name in learned).backward()
-        for name, loss in losses.items():
+    for batch in micro_batches:
+        found = losses_of(model, batch)
+        sum(loss for name, loss in found.items() if learned in ("", name)).backward()
+        for name, loss in found.items():
             sums[name] = sums.get(name, 0) + loss.detach()
-    return sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return tuple({name: all_sum(x) for name, x in found.items()} for found in (sums, gradients))
 
 
-def compare(rank, processes, expected_losses, expected_grads):
-    batch = random_batch(8, image_ids=IDS)
-    share = 8 // processes
-    mine = part_of(batch, range(rank * share, (rank + 1) * share))
-    losses, grads = losses_and_gradients(small_model(), [mine], stage1_totals([mine]))
-    for name, loss in losses.items():
-        torch.distributed.all_reduce(loss)
-        torch.testing.assert_close(loss, expected_losses[name])
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in grads.items():
-        torch.distributed.all_reduce(grad)
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+def stage1(model: Blip2, micro_batches: list, objectives: tuple[str, ...], learned: str = "") -> tuple[dict, dict]:
+    """A step of stage 1."""
+    totals, generator = Blip2.stage1_totals(micro_batches), torch.Generator().manual_seed(0)
+    draw = dict(objectives=objectives, totals=totals, generator=generator)
+    return step(model, micro_batches, partial(Blip2Model.stage1_losses, **draw), learned)
+
+
+def gradcache(model: Blip2, micro_batches: list) -> tuple[dict, dict]:
+    """A step of stage 1 with --gradcache."""
+    generator = torch.Generator().manual_seed(0)
+    return step(model, micro_batches, two_pass_losses(model, micro_batches, OBJECTIVES, generator, 1.0))
+
+
+def assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict], rtol: float = 1e-4) -> None:
+    """The same losses and gradients, of the same parameters."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(
+                tensor, theirs[name], rtol=rtol, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def own_rows(batch, rows: int) -> list:
+    """This rank's micro-batches of so many rows, as `StepSampler` spreads them."""
+    return [part_of(batch, range(n, n + rows)) for n in range(rank() * rows, len(batch), rows * world_size())]
+
+
+def stage1_on_ranks(_, objectives, expected):
+    model, batch = small_model(), random_batch(8, image_ids=IDS)
+    model.train_heads(objectives)
+    assert_equal(stage1(model, own_rows(batch, 8 // world_size()), objectives), expected)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_have_the_losses_and_gradients_of_one_big_batch(processes):
-    """Gathered features carry gradient, hard negatives come from everywhere, every loss is a mean over all rows."""
-    batch = random_batch(8, image_ids=IDS)
-    expected = losses_and_gradients(small_model(), [batch], stage1_totals([batch]))
-    run_many(processes, compare, processes, *expected)
+@pytest.mark.parametrize("objectives", [OBJECTIVES, ("itc",)], ids=",".join)
+def test_ranks_have_the_losses_and_gradients_of_one_big_batch(ranks, processes, objectives):
+    """Gathered features carry gradient, hard negatives come from all ranks, every loss is a mean over all rows. Every
+    trained parameter has a gradient, for which DistributedDataParallel waits."""
+    model, batch = small_model(), random_batch(8, image_ids=IDS)
+    model.train_heads(objectives)
+    expected = stage1(model, [batch], objectives)
+    assert expected[1].keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    ranks(processes, stage1_on_ranks, objectives, expected)
 
 
 def test_accumulation_has_the_gradients_of_the_big_batch_for_itg_and_not_for_itc():
-    """Words are words, but a text of another micro-batch is no negative: accumulation makes ITC easier, not larger."""
+    """Tokens are tokens, but a text of another micro-batch is no negative: accumulation makes ITC easier."""
     batch = random_batch(8)
-    whole, expected = losses_and_gradients(small_model(), [batch], stage1_totals([batch]), ["itg"])
     parts = [part_of(batch, range(4)), part_of(batch, range(4, 8))]
-    totals = stage1_totals(parts)
-    accumulated, grads = losses_and_gradients(small_model(), parts, totals, ["itg"])
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    torch.testing.assert_close(accumulated["itg"], whole["itg"])
+
+    whole, expected = stage1(small_model(), [batch], OBJECTIVES, learned="itg")
+    accumulated, gradients = stage1(small_model(), parts, OBJECTIVES, learned="itg")
+    assert_equal(({"itg": accumulated["itg"]}, gradients), ({"itg": whole["itg"]}, expected))
     assert accumulated["itc"] < whole["itc"] - 0.3  # ln 4 against ln 8
-    assert {name: int(count) for name, count in totals.items()} == {
-        "itc": 8,
-        "itm": 24,
-        "itg": sum(len(part.label_rows) for part in parts),
-    }
+    totals = {name: int(count) for name, count in Blip2.stage1_totals(parts).items()}
+    assert totals == {"itc": 8, "itm": 24, "itg": sum(int((part.labels != losses.IGNORE).sum()) for part in parts)}
 
 
-def losses_and_gradients_compared(model, batches):
-    """As train.py does it with --itc-batch."""
-    totals, generator = stage1_totals(batches, len(batches)), torch.Generator().manual_seed(0)
-    sums = {}
-    for batch, compared in zip(batches, model.compare(batches, totals, generator)):
-        losses = model.stage1_losses(batch, totals=totals, compared=compared)
-        sum(losses.values()).backward()
-        for name, loss in losses.items():
-            sums[name] = sums.get(name, 0) + loss.detach()
-    return sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+# --- GradCache -------------------------------------------------------------------------------------------------------
 
 
-def compare_micro_batches(rank, processes, rows, expected_losses, expected_grads):
-    batch = random_batch(8, image_ids=IDS)
-    mine = [part_of(batch, range(n, n + rows)) for n in range(rank * rows, 8, rows * processes)]
-    losses, grads = losses_and_gradients_compared(small_model(), mine)
-    for name, loss in losses.items():
-        torch.testing.assert_close(all_sum(loss), expected_losses[name])
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in grads.items():
-        torch.testing.assert_close(
-            all_sum(grad), expected_grads[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+def gradcache_on_ranks(_, rows, expected):
+    assert_equal(gradcache(small_model(), own_rows(random_batch(8, image_ids=IDS), rows)), expected)
 
 
 @pytest.mark.parametrize(("processes", "rows"), [(1, 1), (1, 4), (2, 2)])
-def test_micro_batches_that_are_compared_have_the_losses_and_gradients_of_the_big_batch(processes, rows):
-    """--itc-batch: all three losses, for hard negatives come from all micro-batches too; and the temperature's."""
-    batch = random_batch(8, image_ids=IDS)
-    expected = losses_and_gradients(small_model(), [batch], stage1_totals([batch]))
+def test_gradcache_has_the_losses_and_gradients_of_the_big_batch(ranks, processes, rows):
+    """All three losses, for hard negatives come from all micro-batches too; and the temperature's gradient."""
+    expected = stage1(small_model(), [random_batch(8, image_ids=IDS)], OBJECTIVES)
+    assert "temperature" in expected[1]
     if processes == 1:
-        compare_micro_batches(0, 1, rows, *expected)
+        gradcache_on_ranks(0, rows, expected)
     else:
-        run_many(processes, compare_micro_batches, processes, rows, *expected)
+        ranks(processes, gradcache_on_ranks, rows, expected)
 
 
-def test_both_passes_of_a_comparison_drop_the_same():
-    """With dropout, else the gradient would be of other features than those that were compared."""
-    model, batches, seen = small_model(dropout=0.3).train(), [random_batch(3, 0), random_batch(3, 1)], []
-    original = model.feats
-    model.feats = lambda *args: seen.append(original(*args)) or seen[-1]
-    losses_and_gradients_compared(model, batches)
-    first, second, first_again, second_again = seen
+def test_both_passes_of_gradcache_have_the_same_dropout():
+    """Else the gradient would be of other features than those that ITC compared."""
+    model, micro_batches, seen = small_model(dropout=0.3).train(), [random_batch(3, 0), random_batch(3, 1)], []
+    encode = model.encode
+    model.encode = lambda *args: seen.append(encode(*args)) or seen[-1]
+    gradcache(model, micro_batches)
+    first, second, first_again, second_again = [torch.cat((*images, texts)) for images, texts, _ in seen]
     assert torch.equal(first, first_again) and torch.equal(second, second_again)
-    assert not torch.allclose(first, original(model.image_kv(model.tokens_of(batches[0])), batches[0], None))
+    images, texts, _ = encode(model.image_kv(model.batch_tokens(micro_batches[0])), micro_batches[0])
+    assert not torch.allclose(first, torch.cat((*images, texts)))
 
 
-def fetch(rank, processes):
+# --- stage 2 and the ViT ---------------------------------------------------------------------------------------------
+
+
+def stage2(kind: str, rows: slice) -> tuple[dict, dict]:
+    """A step of stage 2 on some of four captions."""
+    model, pixels = stage2_model(kind), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    seeds, targets = [[0, row] for row in range(4)], [("", caption) for caption in CAPTIONS]
+    batch = collate_lm(model.llm_tokenizer, targets, seeds, list(range(4)), images=pixels).map(lambda x: x[rows])
+    return step(model, [batch], partial(Blip2Model.stage2_losses, totals=Blip2.stage2_totals([batch])))
+
+
+def stage2_on_ranks(rank, kind, expected):
+    assert_equal(stage2(kind, slice(2 * rank, 2 * rank + 2)), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_ranks_have_the_stage_2_gradient_of_one_big_batch(ranks, kind):
+    """Though their captions have different lengths: the loss is a mean over the tokens of all ranks."""
+    ranks(2, stage2_on_ranks, kind, stage2(kind, slice(4)))
+
+
+@contextmanager
+def negatives(*rows: int):
+    """These rows are the hard negatives, of images and of texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = torch.tensor(rows), torch.ones(len(rows), dtype=torch.bool)
+        patch.setattr(losses, "sample_hard_negatives", lambda *_: found)
+        yield
+
+
+def vit_on_ranks(rank, expected):
+    model, batch = small_model(), part_of(random_batch(4), range(2 * rank, 2 * rank + 2))
+    model.unfreeze_vit()
+    ddp = DistributedDataParallel(model)
+    with negatives(1, 0):
+        found = ddp(partial(Blip2Model.stage1_losses, totals=Blip2.stage1_totals([batch])), batch)
+    (sum(found.values()) * 2).backward()  # DDP takes the mean over the ranks
+    assert_equal(({}, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}), ({}, expected))
+
+
+def test_a_trained_vit_has_the_gradient_of_one_big_batch_also_where_a_rank_fetches_no_image(ranks):
+    """The negatives of rank 0 are its own images, those of rank 1 are rank 0's: the gradients of fetched images travel
+    back all the same."""
+    model = small_model()
+    model.unfreeze_vit()
+    with negatives(1, 0, 1, 0):
+        _, expected = stage1(model, [random_batch(4)], OBJECTIVES)
+    assert "vit.blocks.0.fc1.weight" in expected
+    ranks(2, vit_on_ranks, expected)
+
+
+# --- collectives -----------------------------------------------------------------------------------------------------
+
+
+def fetch(rank):
     torch.manual_seed(rank)
     x = torch.arange(4.0)[:, None] + 100 * rank + torch.zeros(4, 3)
     x.requires_grad_()
     wanted = torch.tensor([[0, 5, 4, 5], [3, 3, 7, 0]])[rank]
     fetched, index = fetch_rows(x, wanted)
-    assert len(fetched) == (2, 2)[rank]  # each foreign row once
+    assert len(fetched) == (2, 2)[rank]  # each row of another rank once
     rows = torch.cat((x, fetched))[index]
     assert torch.equal(rows, all_gather(x.detach())[wanted])
     rows.sum().backward()
@@ -131,12 +213,146 @@ def fetch(rank, processes):
     assert torch.equal(x.grad, wanted_by_anyone[:, None].expand(4, 3).float())
 
 
-def test_only_the_rows_that_are_wanted_travel_and_their_gradients_travel_back():
-    run_many(2, fetch, 2)
+def test_only_wanted_rows_travel_and_their_gradients_travel_back(ranks):
+    ranks(2, fetch)
+
+
+def gather_and_add(rank):
+    x, bias = torch.randn(2, requires_grad=True), torch.zeros(4, requires_grad=True)
+    added = bias * 1
+    ((all_gather(x) + added) * (rank + 1)).sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 3.0)), x.grad  # of all ranks
+    assert torch.equal(bias.grad, torch.full((4,), rank + 1.0)), bias.grad  # of this rank
+
+
+def test_what_is_added_to_gathered_rows_keeps_its_own_gradient(ranks):
+    ranks(2, gather_and_add)
 
 
 def test_one_process_needs_no_group():
-    assert world() == (0, 1) and not torch.distributed.is_initialized()
+    assert (rank(), world_size()) == (0, 1) and not torch.distributed.is_initialized()
     x = torch.randn(3, requires_grad=True)
     assert all_gather(x) is x
     small_model().stage1_losses(random_batch(3))
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+STAGE1 = [*TINY, *"--queries 4 --image-size 64 --embed-dim 16 --batch 8 --lr 1e-3 --warmup 1".split()]
+SAME = "--steps 4 --dropout 0 --eval-every 0 --precision fp32 --workers 0".split()
+GRADCACHE = ["--micro-batch", "2", "--gradcache"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Captions, and a run of one process on them."""
+    folder = tmp_path_factory.mktemp("one")
+    flags = [*STAGE1, *SAME, "--data", caption_file(folder, 24)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        train.main([*flags, "--out", str(folder / "run")])
+    return flags, folder / "run"
+
+
+def same_run(one, two) -> None:
+    """Equal losses, gradient norms and temperatures at each step, equal weights."""
+    logs = [[json.loads(line) for line in open(run / "log.jsonl")][1:] for run in (one, two)]
+    assert len(logs[0]) == 4
+    for a, b in zip(*logs, strict=True):
+        for key in a.keys() - {"images_per_s", "waited", "gigabytes", "trained_s"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-3 if key == "norm" else 2e-4), (a["step"], key)
+    weights = [load_file(run / "model.safetensors") for run in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:  # where a gradient is 0, AdamW's step is decided by rounding
+        difference = (weights[0][name] - weights[1][name]).abs().mean().item()
+        assert difference < 5e-5, f"{name} differs by {difference:.1e}"
+
+
+def test_torchrun_trains_two_processes_like_one(tmp_path, one):
+    """With dropout off: the same images, captions and negatives, the same losses, the same weights."""
+    flags, run = one
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "train.py"]
+    done = subprocess.run(
+        [*command, *flags, "--out", str(tmp_path / "run")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_run(run, tmp_path / "run")
+
+
+def train_on_ranks(_, flags):
+    train.main(flags)
+
+
+def test_two_ranks_with_gradcache_train_like_one_process_without(ranks, tmp_path, one):
+    """Two micro-batches of two images on each rank are one batch of eight."""
+    flags, run = one
+    ranks(2, train_on_ranks, [*flags, *GRADCACHE, "--out", str(tmp_path / "run")])
+    same_run(run, tmp_path / "run")
+
+
+def test_two_ranks_fine_tune_like_one(ranks, tmp_path):
+    """VQA: the ViT is trained, the Q-Former reads the question, two micro-batches are accumulated."""
+    flags = ["--stage", "vqa", "--init", TINY_RUN, "--data", question_file(tmp_path, 8), *SAME]
+    flags += "--batch 4 --micro-batch 1 --image-size 48 --lr 1e-3 --warmup 0".split()
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    ranks(2, train_on_ranks, [*flags, "--out", str(tmp_path / "two")])
+    assert "vit.blocks.0.fc1.weight" in load_file(tmp_path / "two/model.safetensors")
+    same_run(tmp_path / "one", tmp_path / "two")
+
+
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+
+def evaluate_all(_, folder, data, count):
+    """Each task on some images in batches of 8; rank 0 writes."""
+    model, captioner, images = shapes_model(), Blip2.from_pretrained(TINY_RUN), few(count)
+    captions = open_images([str(data / "captions.json")], "val", 64)
+    questions = open_images([str(data / "questions.json")], "val", 64, questions=True)
+    with batches_of(8):
+        results = {
+            "retrieval": retrieval(model, images, k=4),
+            "captions": captioning(captioner, captions),
+            "answers": vqa(captioner, questions),
+            "shapes captions": shapes_captioning(stage2_model("opt"), images),
+            "shapes answers, opt": shapes_vqa(stage2_model("opt"), images, controls=False),
+            "shapes answers, t5": shapes_vqa(stage2_model("t5"), images),
+        }
+        paths, texts = [data / f"{i}.png" for i in range(count)], ["a red star", "two circles"]
+        write_features(model, paths, texts, str(folder / "features.safetensors"), workers=0)
+        cache_tokens(model, images, folder / "cache", workers=0)
+    for name, result in results.items():
+        if rank() == 0:
+            write_result(folder / f"{name}.json", result)
+
+
+@pytest.mark.parametrize(("processes", "count"), [(2, 20), (3, 10)])
+def test_ranks_write_the_files_of_one_process(ranks, tmp_path, few_test_images, processes, count):
+    """Batches are formed before they are spread over the ranks, in fp32: the same bytes. Two ranks have one and two
+    batches, three have none, one and one."""
+    caption_file(tmp_path, count)
+    question_file(tmp_path, count)
+    for name in ("one", "many"):
+        (tmp_path / name).mkdir()
+    evaluate_all(0, tmp_path / "one", tmp_path, count)
+    ranks(processes, evaluate_all, tmp_path / "many", tmp_path, count)
+    one, many = map(contents, (tmp_path / "one", tmp_path / "many"))
+    assert one.keys() == many.keys() and len(one) == 11
+    for name, content in one.items():
+        assert many[name] == content, name
+
+
+def contents(folder) -> dict[str, bytes]:
+    """The files of a folder, of .safetensors each tensor: the order of its metadata is random."""
+    found = {file.name: file.read_bytes() for file in folder.rglob("*.*") if file.suffix != ".safetensors"}
+    return found | {
+        name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "features.safetensors").items()
+    }
+
+
+def test_shares_of_the_ranks_are_whole_batches_and_cover_all(monkeypatch):
+    for count, processes in ((0, 1), (1, 3), (130, 2), (640, 4), (5000, 8)):
+        monkeypatch.setattr(shares, "world_size", lambda n=processes: n)
+        parts = shares.shard_slices(count)
+        assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
+        assert all(part.start % 64 == 0 for part in parts if part.stop > part.start)

@@ -1,81 +1,89 @@
-"""A user's mistake gets one sentence: what was got, what was expected, what to type. Nothing is half written."""
+"""A user's mistake gets one sentence: what was got, what was expected, what to type; no traceback, and nothing half
+written. (Of flags: test_config; of weights: test_weights_in.)"""
 
-import json
-import shutil
-
+import numpy as np
 import pytest
-import torch
 from conftest import ROOT, TINY
 from PIL import Image, ImageFile
-from safetensors.torch import load_file, save_file
-from test_data import write_photos
+from test_data import sampler, train_set
+from test_sources import write, write_annotations
 
-import data
 import eval as evaluation
 import train
-from data import Annotations, UserError, open_picture, say_sentence
-from vit import PRESETS, ViTConfig
+from data import train_loader
+from engine import log
+from engine.errors import UserError, read_json, run_command
+from sources.annotations import AnnotationFile, open_images
+from sources.images import images_in, open_image
+from tools import data as data_command
 
 
 def complaint(main, capsys, *flags) -> str:
-    """What a command line prints when it refuses; it exits with 2."""
-    try:
-        status = say_sentence(lambda: main(list(flags)))
-    except SystemExit as exit_:
-        status = exit_.code
+    """What a command prints when it refuses; it exits with 2."""
+    capsys.readouterr()
+    status = run_command(lambda: main([str(flag) for flag in flags]))
     printed = capsys.readouterr().err
-    assert status == 2 and printed.startswith("error: ") and "Traceback" not in printed
-    return printed
+    assert status == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    return printed.removeprefix("error: ")
+
+
+SMALL = [*TINY, "--steps", "1", "--batch", "2", "--queries", "2", "--image-size", "64", "--eval-every", "0"]
 
 
 @pytest.fixture
 def train_says(capsys, tmp_path):
-    flags = [*TINY, "--batch", "2", "--steps", "1", "--queries", "2", "--image-size", "64", "--eval-every", "0"]
-    return lambda *more: complaint(train.main, capsys, *flags, "--out", str(tmp_path / "run"), *more)
+    """train_says(*flags): the complaint of a training."""
+    return lambda *flags: complaint(train.main, capsys, *SMALL, "--out", tmp_path / "run", *flags)
 
 
-def finished_run(folder):
-    """A run of one step on two photos."""
-    photos = str(write_photos(folder, 2, (64, 64)))
-    flags = ["--steps", "1", "--batch", "2", "--eval-every", "0", "--image-size", "64", "--queries", "2"]
-    train.main([*TINY, *flags, "--data", photos, "--out", str(folder / "run")])
+def test_a_users_error_is_printed_without_a_traceback_and_any_other_is_not_hidden(capsys):
+    def fail(error: Exception):
+        raise error
+
+    assert run_command(lambda: None) == 0 and run_command(lambda: fail(UserError("got 3, expected 4"))) == 2
+    assert capsys.readouterr().err == "error: got 3, expected 4\n"
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command(lambda: fail(RuntimeError("a bug")))
 
 
-# --- data
+# --- annotation files ------------------------------------------------------------------------------------------------
+
+FILES = [  # name, content, what the sentence says after the name
+    ("a.json", '{"a": 1}', " holds an object with ['a'], expected a list of"),
+    ("a.json", "3", " holds 3, expected a list of"),
+    ("a.json", "[]", " holds nothing, expected a list of"),
+    ("a.json", "[1, 2]", ' is a list: record 0 has int, expected "image" and "caption"'),
+    ("a.json", '[{"img": "a.jpg", "text": "a"}]', " is a list: record 0 has ['img', 'text'], expected \"image\" and"),
+    ("a.json", '[{"image": "a.jpg"}]', ': record 0 has [\'image\'], expected "image" and "caption"'),
+    ("a.json", "[", " is not valid JSON ("),
+    ("a.jsonl", '{"image": "a.jpg", "caption": "a"}\n{"image"\n', ": line 2 is not JSON ("),
+    ("a.txt", "a.jpg a dog", " is text that starts with 'a.jpg a dog', expected a header with image and caption"),
+]
 
 
-def test_missing_data_file(train_says, tmp_path):
-    said = train_says("--data", "coco.json")
-    assert "--data coco.json does not exist: expected a .json or .jsonl file, or the word shapes" in said
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("name, content, said", FILES)
+def test_an_annotation_file_of_the_wrong_shape(tmp_path, name, content, said):
+    with pytest.raises(UserError) as error:
+        AnnotationFile(write(tmp_path, name, content))
+    assert str(error.value).startswith(f"{tmp_path}/{name}{said}")
+    if "JSON" in said:
+        assert "one record a line" in str(error.value)  # what .jsonl is for
 
 
-@pytest.mark.parametrize(
-    "content, got",
-    [
-        ('{"a": 1}', "an object with ['a']"),
-        ("3", "a int"),
-        ("[]", "nothing"),
-        ("[1, 2]", "record 0 has int"),
-        ('[{"img": "a.jpg", "text": "a"}]', "record 0 has ['img', 'text'], expected \"image\" and \"caption\""),
-        ("[", "is not valid JSON"),
-    ],
-)
-def test_json_of_the_wrong_shape(train_says, tmp_path, content, got):
-    (tmp_path / "a.json").write_text(content)
-    said = train_says("--data", str(tmp_path / "a.json"))
-    assert "a.json" in said and got in said
-
-
-def test_jsonl_with_a_broken_line(train_says, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "caption": "a"}\n{"image"\n')
-    assert "expected one record a line" in train_says("--data", str(tmp_path / "a.jsonl"))
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\x1f\x8b\x08\x00")
+    with pytest.raises(UserError, match="a.json is not UTF-8 text .*: expected an unpacked text file"):
+        AnnotationFile(tmp_path / "a.json")
+    with pytest.raises(UserError, match="nowhere.json does not exist: check the path"):
+        read_json(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match="--data .* is a folder: expected a .json or .jsonl file, or the word shapes"):
+        AnnotationFile(tmp_path)
 
 
 @pytest.mark.parametrize("caption", ["", "  ", "...", [], ["fine", ""], None, 5])
-def test_empty_caption(train_says, tmp_path, caption):
-    said = train_says("--data", str(write_photos(tmp_path, caption=caption)))
-    assert "record 0 (0.png) has an empty caption: write one, or take it out" in said
+def test_an_empty_caption(tmp_path, caption):
+    with pytest.raises(UserError, match="record 0 .0.png. has an empty caption: write one, or remove it"):
+        AnnotationFile(write_annotations(tmp_path, caption=caption))
 
 
 @pytest.mark.parametrize(
@@ -88,275 +96,132 @@ def test_empty_caption(train_says, tmp_path, caption):
         ({"caption": "\ud83d"}, "caption"),
     ],
 )
-def test_what_is_no_text_is_refused_before_training_and_told_by_check(tmp_path, capsys, changes, kind):
-    path = write_photos(tmp_path, 2)
+def test_what_is_no_text_is_refused_before_training_and_found_by_check(tmp_path, capsys, changes, kind):
     asks = "question" in changes
-    records = [
-        record | ({"question": "is it?", "answer": "yes"} if asks else {}) for record in json.loads(path.read_text())
-    ]
-    path.write_text(json.dumps([records[0] | changes, records[1], {"caption": "of nothing"}][: 3 - asks]))
+    text = {"question": "is it?", "answer": "yes"} if asks else {"caption": "a dog"}
+    records = [{"image": "0.png"} | text | changes, {"image": "1.png"} | text]
+    path = write_annotations(tmp_path, 2)
+    write(tmp_path, "a.json", records if asks else [*records, {"caption": "of nothing"}])
     with pytest.raises(UserError, match=f"record 0 .0.png. has an empty {kind}"):
-        Annotations(path, questions=asks)
+        AnnotationFile(path, questions=asks)
     with pytest.raises(SystemExit):
-        data.main(["check", str(path), "--workers", "0"])
+        data_command.main(["check", path, "--workers", "0"])
     said = capsys.readouterr().out
     assert "with an empty text: 1" in said and ('records without "image": 1' in said) == (not asks)
 
 
-def test_missing_and_truncated_photos_stop_the_run_above_one_per_cent(train_says, tmp_path, capsys):
-    path = write_photos(tmp_path, 4)
-    (tmp_path / "1.png").unlink()
-    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
-    said = train_says("--data", str(path), "--batch", "4")
-    assert "2 of 4 photos could not be read, more than 1%" in said and "--images" in said
+def test_only_the_first_bad_records_are_listed(tmp_path):
+    records = [{"image": f"{i}.png", "caption": "" if i else "fine"} for i in range(8)]
+    with pytest.raises(UserError) as error:
+        AnnotationFile(write(tmp_path, "a.json", records))
+    assert str(error.value).count("has an empty caption") == 3 and str(error.value).endswith("(and 4 more)")
+    assert "record 1 (1.png)" in str(error.value)
 
 
-def test_unreadable_photos_below_one_per_cent_are_named_and_skipped(tmp_path, capsys):
-    path = write_photos(tmp_path, 101, (64, 64))
-    (tmp_path / "1.png").write_bytes(b"not a picture")
-    flags = [*TINY, "--data", str(path), "--image-size", "64", "--batch", "101", "--steps", "1", "--queries", "2"]
-    train.main([*flags, "--embed-dim", "4", "--out", str(tmp_path / "run")])
-    printed = capsys.readouterr().out
-    assert printed.count("skipped: ") == 1
-    assert f"skipped: {tmp_path / '1.png'} is not a picture that Pillow knows: convert it" in printed
+def test_holding_out_all_images(tmp_path):
+    with pytest.raises(UserError, match="--val-photos 3 of 3 images leaves none to train on: pass a smaller number"):
+        open_images([write_annotations(tmp_path, 3)], "train", 8).held_out(3)
 
 
-def test_evaluation_needs_every_photo(tmp_path, capsys):
-    finished_run(tmp_path)
-    (tmp_path / "1.png").unlink()
-    said = complaint(
-        evaluation.main, capsys, "retrieval", "--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "a.json")
+def test_a_refused_file_leaves_no_run(train_says, tmp_path):
+    said = train_says("--data", write(tmp_path, "a.json", [{"image": "0.png", "caption": "..."}]))
+    assert said.startswith(f"{tmp_path}/a.json: record 0 (0.png) has an empty caption")
+    assert train_says("--data", write_annotations(tmp_path, 3), "--batch", "8").startswith(
+        "3 images are fewer than one"
     )
-    assert "every photo is needed here, and" in said and "1.png does not exist" in said
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    Image.new("1", (10_001, 10_000)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was unpacked"))
-    with pytest.raises(
-        UserError, match="bomb.png has 10001 x 10000 pixels, expected at most 100,000,000: resize it first"
-    ):
-        open_picture(tmp_path / "bomb.png")
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tiff", "bmp"])
-def test_a_truncated_photo_is_named_whatever_its_format(tmp_path, suffix):
+def test_a_truncated_image_of_any_format_is_named(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.effect_noise((64, 64), 90).convert("RGB").save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"a.{suffix} is (broken or cut short|not a picture)"):
-        open_picture(path)
+    sample = AnnotationFile(write(tmp_path, "a.json", [{"image": path.name, "caption": "a dog"}]))[0]
+    for read in (sample.open, lambda: sample.augment(8, np.random.default_rng(0))):
+        with pytest.raises(UserError, match=f"a.{suffix} is (broken or cut short|not an image that Pillow can read)"):
+            read()
 
 
-def test_too_few_photos_for_a_step(train_says, tmp_path):
-    said = train_says("--data", str(write_photos(tmp_path, 3)), "--batch", "8")
-    assert "3 photos are fewer than one step's 8" in said and "--batch" in said
+def test_an_image_of_a_wrong_name_or_kind(tmp_path):
+    with pytest.raises(UserError, match=r"0.jpg does not exist: check the name, and .* the folder \(--images\)"):
+        open_image(tmp_path / "0.jpg")
+    with pytest.raises(UserError, match="a.jpg is not an image that Pillow can read: convert it to JPEG or PNG"):
+        open_image(write(tmp_path, "a.jpg", "text"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no images in it, expected a folder of files that end in .jpg, "):
+        images_in(tmp_path / "empty")
 
 
-def test_holding_out_everything(train_says, tmp_path):
-    said = train_says("--data", str(write_photos(tmp_path, 3)), "--val-photos", "3")
-    assert "--val-photos 3 of 3 photos leaves none to train on" in said
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    Image.new("1", (10_001, 10_000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was unpacked"))
+    expected = "bomb.png has 10001 x 10000 pixels, expected at most 100,000,000: resize it first"
+    with pytest.raises(UserError, match=expected):
+        open_image(tmp_path / "bomb.png")
 
 
-# --- models
+def test_unreadable_images_above_one_per_cent_stop_a_training(train_says, tmp_path):
+    path = write_annotations(tmp_path, 4)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
+    said = train_says("--data", path, "--batch", "4")
+    assert said.startswith("2 of 4 images could not be read, more than 1%: repair or remove them, or pass --images")
+    log.report_unreadable({"0.png": "0.png is broken"}, set(), 100)
+    with pytest.raises(UserError, match="2 of 199 images could not be read, more than 1%"):
+        log.report_unreadable({"0.png": "it is broken"}, {"1.png"}, 199)
 
 
-def test_folders_that_are_not_there(train_says):
-    assert "--vit nowhere does not exist: expected a folder, or a name (eva-g, clip-l, dinov2-s)" in train_says(
-        "--vit", "nowhere"
-    )
-    assert "--bert nowhere does not exist" in train_says("--bert", "nowhere")
+def test_fewer_unreadable_images_are_each_named_once_and_skipped(tmp_path, monkeypatch, capsys):
+    path = write_annotations(tmp_path, 4, (64, 64))
+    (tmp_path / "1.png").write_bytes(b"not an image")
+    monkeypatch.setattr(log, "BROKEN_SHARE", 0.5)
+    train.main([*SMALL, "--data", path, "--batch", "4", "--steps", "2", "--log-every", "1", "--out", f"{tmp_path}/run"])
+    printed = capsys.readouterr().out
+    assert printed.count("skipped: ") == 1  # in two epochs
+    assert f"skipped: {tmp_path}/1.png is not an image that Pillow can read: convert it to JPEG or PNG\n" in printed
 
 
-def test_folders_that_are_something_else(train_says):
-    assert "has model_type 'bert', expected an image encoder" in train_says("--vit", TINY[3])
-    assert "has model_type 'dinov2'" in train_says("--bert", TINY[1])
+def test_an_error_in_a_loader_worker_is_one_sentence_too(tmp_path, capsys):
+    """A wrong --images is found by another process."""
+    images = open_images([write_annotations(tmp_path, 3)], "train", 8, [str(tmp_path / "nowhere")])
+    batches = iter(train_loader(train_set(images), sampler(images, batch=2, steps=1), workers=1, pin=False))
+    said = complaint(lambda _: next(batches), capsys)
+    batches._shutdown_workers()  # left to the garbage collector, it takes 5 s
+    assert said.startswith("none of 3 images in a row can be read; the last: ") and "(--images)" in said
 
 
-def test_cut_off_weights(train_says, tmp_path):
-    for file in (ROOT / "assets/tiny/vit").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "is not a whole safetensors file" in train_says("--vit", str(tmp_path))
+# --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def test_tokenizer_and_weights_of_different_size(train_says, tmp_path):
-    for file in (ROOT / "assets/tiny/bert").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["extra"] = len(tokenizer["model"]["vocab"])
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "expected the same: use the tokenizer that the weights were trained with" in train_says(
-        "--bert", str(tmp_path)
-    )
+def test_an_evaluation_needs_every_image(tmp_path, capsys):
+    """Leaving one out would make the numbers incomparable."""
+    flags = ["--checkpoint", ROOT / "assets/tiny/blip2", "--workers", "0", "--data", write_annotations(tmp_path, 2)]
+    (tmp_path / "1.png").unlink()
+    said = complaint(evaluation.main, capsys, "captions", *flags)
+    assert said.startswith(f"every image is needed here, and {tmp_path}/1.png does not exist: check the name")
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A finished run of one step."""
-    finished_run(tmp_path)
-    return tmp_path / "run"
+def test_output_that_cannot_be_written_is_refused_first(tmp_path, capsys):
+    """Before a model, or a large file, is loaded."""
+    for main, *flags in (
+        (evaluation.main, "retrieval", "--checkpoint", "nowhere", "--out"),
+        (evaluation.main, "captions", "--checkpoint", "nowhere", "--predictions"),
+    ):
+        said = complaint(main, capsys, *flags, "nowhere/a.json")
+        assert said == f"{flags[-1]} nowhere/a.json: the folder nowhere does not exist, create it first\n"
+        said = complaint(main, capsys, *flags, tmp_path)
+        assert said == f"{flags[-1]} {tmp_path} is a folder: pass the name of a file in it\n"
+    said = complaint(data_command.main, capsys, "convert", write_annotations(tmp_path), "--out", "nowhere/a.json")
+    assert said.startswith("--out nowhere/a.json: the folder nowhere does not exist")
 
 
-def eval_says(capsys, run, *flags):
-    capsys.readouterr()
-    return complaint(
-        evaluation.main, capsys, "retrieval", "--checkpoint", str(run), "--data", str(run.parent / "a.json"), *flags
-    )
-
-
-def test_vit_of_another_width(capsys, run):
-    said = eval_says(capsys, run, "--vit", "clip-l")
-    assert (
-        "was trained over a ViT of width 96, clip-l has width 1024: pass --vit with the encoder it was trained over"
-        in said
-    )
-
-
-def test_vit_with_other_weights(capsys, run, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text((ROOT / "assets/tiny/vit/config.json").read_text())
-    tensors = load_file(ROOT / "assets/tiny/vit/model.safetensors")
-    tensors["embeddings.cls_token"] += 1
-    save_file(tensors, other / "model.safetensors")
-    assert "holds other weights than" in eval_says(capsys, run, "--vit", str(other))
-
-
-def test_checkpoint_of_another_size(capsys, run):
-    tensors = load_file(run / "model.safetensors")
-    tensors["vision_proj.weight"] = tensors["vision_proj.weight"][:5]
-    del tensors["temperature"]
-    (run / "model.safetensors").unlink()
-    save_file(tensors, run / "model.safetensors")
-    said = eval_says(capsys, run)
-    assert "2 problem(s)" in said and "shape: vision_proj.weight" in said and "missing: nothing for temperature" in said
-
-
-def test_a_folder_that_is_no_run(capsys, run, tmp_path):
-    assert "is not a run: expected config.json and model.safetensors" in eval_says(capsys, tmp_path / "nothing")
-
-
-def test_lavis_file_needs_its_folders(capsys, run, tmp_path):
-    torch.save({"model": {"query_tokens": torch.ones(1, 2, 3)}}, tmp_path / "blip2.pth")
-    assert "does not say its architecture: pass --vit eva-g:eva_vit_g.pth and --bert" in eval_says(
-        capsys, tmp_path / "blip2.pth"
-    )
-
-
-# --- flags
-
-
-def test_unknown_flag(train_says):
-    said = train_says("--learning-rat", "1")
-    assert "unrecognized arguments: --learning-rat 1" in said and "--help lists all flags" in said
-    assert "did you mean --min-lr?" in train_says("--min-l", "1")
-    assert "did you mean --queries?" in train_says("--querys", "1")
-
-
-def test_ill_typed_flag(train_says):
-    assert "--steps: invalid int value: 'many'" in train_says("--steps", "many")
-
-
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        (["--losses", "itm"], "got --losses itm, expected itc, with itm and itg or without"),
-        (["--losses", "itc,mlm"], "expected itc"),
-        (["--stage", "4"], "got --stage 4, expected 1, 2, caption, vqa or retrieval"),
-        (["--precision", "int8"], "expected auto, fp32, bf16 or fp16"),
-        (["--device", "tpu"], "expected auto, cuda, mps or cpu"),
-        (["--steps", "0"], "got --steps 0, expected at least 1"),
-        (
-            ["--batch", "10", "--micro-batch", "4"],
-            "does not divide into 1 processes with micro-batches of 4: pass --batch 12",
-        ),
-        (["--image-size", "60"], "--image-size 60 is no multiple of the patch size 8 of"),
-        (["--image-size", "4"], "--image-size 4 is no multiple of the patch size 8"),
-        (["--image-size", "0"], "pass --image-size 8"),
-        (["--micro-batch", "-4"], "got --micro-batch -4, expected 0 or more"),
-        (
-            ["--batch", "12", "--micro-batch", "2", "--itc-batch", "8"],
-            "--itc-batch 8 is not made of micro-batches of 2 (over all processes), or --batch 12 not of it: pass "
-            "--itc-batch 12",
-        ),
-        (["--micro-batch", "4"], "pass --batch 4"),
-        (["--clip", "0"], "got --clip 0.0, expected above 0"),
-        (["--seed", "-1"], "got --seed -1, expected 0 or more"),
-        (["--cross-every", "0"], "got --cross-every 0, expected at least 1"),
-        (["--max-text-tokens", "100"], "got --max-text-tokens 100, expected 3 to 64, the positions that"),
-        (["--val-photos", "2", "--val-data", "a.json"], "got --val-photos and --val-data, expected one of the two"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_impossible_flags(train_says, flags, expected):
-    assert expected in train_says(*flags)
-
-
-def test_fp16_on_cpu(train_says):
-    said = train_says("--precision", "fp16", "--device", "cpu")
-    assert "--precision fp16 needs a CUDA card, this is cpu: pass --precision" in said
-
-
-def test_cuda_where_there_is_none(train_says):
-    assert "PyTorch sees no CUDA card here: pass --device cpu" in train_says("--device", "cuda")
-
-
-# --- runs
-
-
-def test_an_existing_run_is_not_overwritten_by_accident(capsys, run):
-    """Nor by a command that asks for it and is then refused for something else."""
-    before = (run / "model.safetensors").read_bytes()
-    said = complaint(train.main, capsys, *TINY, "--out", str(run))
-    assert "holds a run: pass --resume to go on with it, --out to start another, or --overwrite" in said
-    for wrong in (["--steps", "0"], ["--data", "nowhere.json"], ["--vit", "nowhere"], ["--precision", "int8"]):
-        complaint(train.main, capsys, *TINY, "--out", str(run), "--overwrite", *wrong)
-    assert (run / "model.safetensors").read_bytes() == before
-    photos, small = str(run.parent / "a.json"), ["--batch", "2", "--queries", "2", "--image-size", "64"]
-    train.main([*TINY, "--out", str(run), "--overwrite", "--data", photos, "--steps", "2", "--keep", "2", *small])
-    assert [path.name for path in run.glob("step-*")] == ["step-000002"]
-
-
-def test_resuming_what_is_not_there_or_was_different(capsys, run, tmp_path, monkeypatch):
-    assert "has no checkpoint yet" in complaint(train.main, capsys, "--resume", "--out", str(tmp_path / "none"))
-    said = complaint(train.main, capsys, "--resume", "--out", str(run), "--batch", "64")
-    assert "was started with --batch 2: leave those flags out" in said
-    monkeypatch.setattr(train, "world", lambda: (0, 2))
-    said = complaint(train.main, capsys, "--resume", "--out", str(run))
-    assert "was trained by 1 processes, here are 2: start it with torchrun --nproc_per_node 1" in said
-
-
-def test_a_run_is_not_resumed_over_another_encoder(capsys, tmp_path):
-    """Its files may have changed under the same name."""
-    vit = tmp_path / "vit"
-    shutil.copytree(ROOT / "assets/tiny/vit", vit)
-    photos = str(write_photos(tmp_path, 2, (64, 64)))
-    small = ["--steps", "1", "--batch", "2", "--image-size", "64", "--queries", "2", "--out", str(tmp_path / "run")]
-    train.main([*TINY, "--vit", str(vit), "--data", photos, *small])
-    tensors = load_file(vit / "model.safetensors")
-    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, vit / "model.safetensors")
-    said = complaint(train.main, capsys, "--resume", "--out", str(tmp_path / "run"))
-    assert "holds other weights than the run was trained over" in said
-
-
-def test_random_weights_cannot_be_opened_again(capsys, run, monkeypatch):
-    """They are drawn anew each time, so the numbers would be those of another model."""
-    monkeypatch.setitem(PRESETS, "clip-l", ViTConfig(96, depth=1, heads=2, mlp=8))
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"vit": "clip-l", "vit_sha256": None}))
-    assert "was trained over a ViT of random weights (clip-l), which no file holds" in eval_says(capsys, run)
-
-
-def test_a_sentence_from_a_loader_worker_is_a_sentence(train_says, tmp_path):
-    """The wrong --images is the commonest mistake, and found by another process."""
-    path = write_photos(tmp_path, 3, (64, 64))
-    said = train_says("--data", str(path), "--images", str(tmp_path / "nowhere"), "--workers", "1")
-    assert said.startswith("error: none of 3 photos in a row can be read; the last: ")
-    assert said.count("\n") == 1 and "(--images)" in said
-
-
-def test_evaluation_flags(capsys, run):
-    assert "got --k 0, expected at least 1" in eval_says(capsys, run, "--k", "0")
-    assert "does not exist, make it first" in eval_says(capsys, run, "--out", "nowhere/a.json")
+@pytest.mark.parametrize("flags", [["retrieval", "--k"], ["captions", "--beams"], ["vqa", "--max-new-tokens"]])
+def test_a_number_of_an_evaluation_is_at_least_one(flags, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        evaluation.main([*flags, "0", "--checkpoint", "nowhere"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: argument {flags[1]}: got 0, expected at least 1 (python ")

@@ -1,4 +1,4 @@
-"""The original implementation's numbers, reproduced: what comes out, and every gradient."""
+"""The numbers of LAVIS are reproduced: features, sampling probabilities, the three losses, and every gradient."""
 
 import copy
 import json
@@ -7,24 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from safetensors import safe_open
+from torch import Tensor
 
-import blip2
 from blip2 import Blip2
 from data import Batch
-from formats import LAVIS_STAGE1, LAVIS_VITS
-from losses import itc_similarity, negative_probabilities
+from losses import IGNORE, itc_similarity, negative_probabilities
 from qformer import QFormer, QFormerConfig
 from vit import ViT, ViTConfig
-from weights import load
+from weights.load import load
+from weights.tables import LAVIS_STAGE1, LAVIS_VITS
 
-GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parents[2] / "shared/golden/stage1_a.safetensors"))
-pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no golden file at {GOLDEN}: set GOLDEN to one")
+GOLDEN = Path(os.environ.get("GOLDEN", SHARED / "golden/stage1_a.safetensors")).absolute()
+pytestmark = pytest.mark.skipif(
+    not GOLDEN.exists(), reason="no golden file: set GOLDEN to one (expected ../shared/golden/stage1_a.safetensors)"
+)
 
 
 @pytest.fixture(scope="module")
-def golden():
-    """(tensors, model, batch) of the golden file."""
+def golden() -> tuple[dict[str, Tensor], Blip2, Batch]:
+    """The tensors of the golden file, and the model and the batch that they are of."""
     with safe_open(GOLDEN, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         cfg = json.loads(file.metadata()["config"])
@@ -53,62 +56,59 @@ def golden():
             cross_every=cfg["freq"],
         )
     )
-    model = Blip2(vit, qformer, texts=None, embed_dim=cfg["proj"]).eval()
+    model = Blip2(vit, qformer, tokenizer=None, image_size=cfg["image"], embed_dim=cfg["proj"]).eval()
     load(model, part(tensors, "w."), LAVIS_STAGE1, "golden weights")
     load(model.vit, part(tensors, "w."), LAVIS_VITS["eva-g"], "golden weights")
-    text_mask = tensors["in.text_mask"].bool()
-    has_next = torch.nn.functional.pad(text_mask[:, 1:], (0, 1))
-    batch = Batch(
-        text_ids=tensors["in.text_ids"],
-        text_mask=text_mask,
-        label_rows=has_next.flatten().nonzero().squeeze(1),
-        image_ids=torch.arange(len(text_mask)),
-        images=tensors["in.image"],
-    )
-    return tensors, model, batch
+    ids, mask = tensors["in.text_ids"], tensors["in.text_mask"].bool()
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], IGNORE)
+    return tensors, model, Batch(torch.arange(len(ids)), labels, ids, mask, images=tensors["in.image"])
 
 
-def part(tensors, prefix):
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def close(ours, theirs, atol=1e-5):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    """Equal to 1e-5."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_features_and_sampling_weights_are_the_originals(golden):
+def test_features_scores_and_sampling_probabilities_are_those_of_lavis(golden):
     tensors, model, batch = golden
     with torch.no_grad():
         image_tokens = model.image_tokens(batch.images)
-        close(model.ln_vision(image_tokens), tensors["out.image_embeds"])
+        assert_close(model.ln_vision(image_tokens), tensors["out.image_embeds"])
         image_kv = model.image_kv(image_tokens)
         query_out = model.qformer.encode_queries(image_kv)
-        close(query_out, tensors["out.query_output"])
+        assert_close(query_out, tensors["out.query_output"])
         text_cls = model.qformer.encode_text(batch.text_ids, batch.text_mask)
-        close(text_cls, tensors["out.text_cls"])
+        assert_close(text_cls, tensors["out.text_cls"])
         image_feats, text_feats = model.image_feats(query_out), model.text_feats(text_cls)
-        close(image_feats, tensors["out.image_feats"])
-        close(text_feats, tensors["out.text_feats"])
+        assert_close(image_feats, tensors["out.image_feats"])
+        assert_close(text_feats, tensors["out.text_feats"])
         query_out, _ = model.qformer("itm", batch.text_ids, batch.text_mask, image_kv)
-        close(model.itm_logits(query_out)[:, 1], tensors["out.itm_score"])
+        assert_close(model.itm_logits(query_out)[:, 1], tensors["out.itm_score"])
         sim_i2t, sim_t2i = itc_similarity(image_feats, text_feats, image_feats, text_feats, model.temperature)
         own = torch.eye(len(batch), dtype=torch.bool)
-        close(negative_probabilities(sim_t2i, own), tensors["out.neg_image_weights"])
-        close(negative_probabilities(sim_i2t, own), tensors["out.neg_text_weights"])
+        assert_close(negative_probabilities(sim_t2i, own), tensors["out.neg_image_weights"])
+        assert_close(negative_probabilities(sim_i2t, own), tensors["out.neg_text_weights"])
 
 
-def test_losses_and_every_gradient_are_the_originals(golden, monkeypatch):
+def test_losses_and_every_gradient_are_those_of_lavis(golden, monkeypatch):
+    """With the hard negatives that LAVIS has drawn."""
     tensors, model, batch = golden
     found = torch.ones(len(batch), dtype=torch.bool)
-    recorded = iter([(tensors["out.neg_image"], found), (tensors["out.neg_text"], found)])
-    monkeypatch.setattr(blip2, "sample_hard_negatives", lambda *_: next(recorded))
+    drawn = iter([(tensors["out.neg_image"], found), (tensors["out.neg_text"], found)])
+    monkeypatch.setattr("losses.sample_hard_negatives", lambda *_: next(drawn))
     model.zero_grad()
     losses = model.stage1_losses(batch)
     for name, loss in losses.items():
-        close(loss, tensors[f"out.loss_{name}"])
+        assert_close(loss, tensors[f"out.loss_{name}"])
     sum(losses.values()).backward()
 
-    # The recorded gradients are laid out like weights, so the loader carries them to our names.
+    # The gradients have the keys of the weights, so the loader translates them.
     reference = copy.deepcopy(model)
     load(reference, part(tensors, "grad."), LAVIS_STAGE1, "golden gradients")
     reference = dict(reference.named_parameters())
@@ -118,8 +118,8 @@ def test_losses_and_every_gradient_are_the_originals(golden, monkeypatch):
             assert parameter.grad is None
             continue
         expected, error = reference[name].detach(), (parameter.grad - reference[name]).abs()
-        # Against the tensor's largest element. Element by element, fp32 is too coarse for the contrastive gradient, a
-        # small difference of large terms: the original's own numbers are up to six such tolerances away from fp64.
+        # Relative to the tensor's largest element. Element by element, fp32 is too coarse for the contrastive gradient,
+        # a small difference of large terms: LAVIS's own numbers are up to six such tolerances away from fp64.
         assert error.max() <= 1e-4 * expected.abs().max() + 1e-7, f"{name}: off by {error.max():.2e}"
         elements += error.numel()
         beyond += (error > 1e-4 * expected.abs() + 1e-7).sum().item()

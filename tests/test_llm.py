@@ -1,96 +1,235 @@
-"""OPT and T5 compute what transformers computes; frozen; each prompt alone gives what it gives in a batch."""
+"""The frozen language models (paper 3.3 and 3.4): OPT and T5 compute what transformers computes, forward, backward and
+while decoding; a prompt alone gives what it gives in a batch; on a GPU a decoding step is replayed as a CUDA graph."""
 
+import itertools
 import json
 import shutil
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, roughen
+from conftest import LLMS, ROOT, roughen, stage2_model
+from torch import Tensor
 
-import weights
-from blip2 import Blip2
-from generate import beam_search, generate, nucleus
-from llm import OPT, PRESETS, OPTConfig, T5Config, build_llm
+from data import collate_lm
+from engine.errors import UserError
+from generate import generate, nucleus
+from llm import LLMS as CLASSES
+from llm import OPT, PRESETS, T5, OPTConfig, T5Config, causal_mask
 from losses import lm_loss
-from qformer import QFormer, QFormerConfig
-from vit import PRESETS as VIT_PRESETS
-from vit import ViT
+from sources.text import pad
+from weights.configs import llm_config
+from weights.load import no_init
+from weights.open import load_llm
 
 WORDS = 40
 END = {"opt": 5, "opt-350m": 5, "t5": 1}  # a word of the small vocabularies, as a newline is for OPT
 KINDS = list(END)
 
 
-def peer(kind, tmp_path, seed=0):
-    """A random model of transformers, every weight non-trivial -> it, and ours opened from the folder it saved."""
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """twins(kind, seed) -> a random model of transformers, every weight non-trivial, and ours, read from its folder."""
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    if kind == "t5":
-        config = transformers.T5Config(
-            vocab_size=WORDS, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2,
-            feed_forward_proj="gated-gelu", tie_word_embeddings=False, relative_attention_num_buckets=8,
-            relative_attention_max_distance=12, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+
+    def config_of(kind):
+        if kind == "t5":
+            return transformers.T5Config(
+                vocab_size=WORDS, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2,
+                feed_forward_proj="gated-gelu", tie_word_embeddings=False, relative_attention_num_buckets=8,
+                relative_attention_max_distance=12, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+            )  # fmt: skip
+        odd = kind == "opt-350m"
+        return transformers.OPTConfig(
+            vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, ffn_dim=24, num_attention_heads=2,
+            do_layer_norm_before=not odd, word_embed_proj_dim=12 if odd else 16, max_position_embeddings=50,
+            init_std=0.3,
         )  # fmt: skip
-        theirs = transformers.T5ForConditionalGeneration(config)
-        theirs.lm_head.weight = torch.nn.Parameter(torch.randn(WORDS, 16))  # as in v1.1, not tied
-        theirs.config.tie_word_embeddings = False
-    else:
-        odd = dict(do_layer_norm_before=False, word_embed_proj_dim=12) if kind == "opt-350m" else {}
-        config = transformers.OPTConfig(
-            **dict(vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, ffn_dim=24, num_attention_heads=2) | odd,
-            **({} if odd else {"word_embed_proj_dim": 16}), max_position_embeddings=50, init_std=0.3,
-        )  # fmt: skip
-        theirs = transformers.OPTForCausalLM(config)
-    roughen(theirs, seed)
-    with torch.no_grad():
-        theirs.get_output_embeddings().weight[END[kind]] *= 2  # so that texts end at different steps
-    theirs.eval().save_pretrained(tmp_path)
-    llm, account, _ = weights.load_llm(str(tmp_path))
-    assert "fresh" not in account
-    return theirs, llm.requires_grad_(False).eval()
+
+    @cache
+    def build(kind, seed=0):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if kind == "t5":
+                theirs = transformers.T5ForConditionalGeneration(config_of(kind))
+                theirs.lm_head.weight = torch.nn.Parameter(torch.randn(WORDS, 16))  # not tied in v1.1
+                theirs.config.tie_word_embeddings = False
+            else:
+                theirs = transformers.OPTForCausalLM(config_of(kind))
+        roughen(theirs, seed)
+        with torch.no_grad():
+            theirs.get_output_embeddings().weight[END[kind]] *= 2  # so that texts end at different steps
+            if kind == "t5":  # its start token is never written: transformers applies the repetition penalty to it
+                theirs.lm_head.weight[0] = 0
+        folder = tmp_path_factory.mktemp(kind)
+        theirs.eval().save_pretrained(folder)
+        ours, report, _ = load_llm(str(folder))
+        assert "fresh" not in report
+        return theirs, ours.requires_grad_(False).eval()
+
+    return build
 
 
-def prompts(kind, count, seed=0, longest=9, shortest=2):
-    """Ragged prompts of random words, padded as the model wants -> ids, mask."""
+def prompts(kind: str, count: int, seed: int = 0, longest: int = 9, shortest: int = 2) -> tuple[Tensor, Tensor]:
+    """Ragged prompts of random words, padded on the model's side -> ids, mask."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator)
     ids = torch.randint(6, WORDS, (count, longest), generator=generator)
-    place = torch.arange(longest)
-    mask = place < lengths[:, None] if kind == "t5" else place >= longest - lengths[:, None]
+    position = torch.arange(longest)
+    mask = position < lengths[:, None] if kind == "t5" else position >= longest - lengths[:, None]
     return ids, mask
 
 
-def forward(kind, theirs, embeds, mask, targets):
-    """transformers' logits (B, T, W) of the targets, the loss over all of them included."""
+def words(*shape: int, seed: int = 0) -> Tensor:
+    """Random words."""
+    return torch.randint(6, WORDS, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the models ------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_models_of_the_paper():
+    """Paper 3.4 and Table 2; the sizes are those of the public checkpoints."""
+    counts = {}
+    with torch.device("meta"), no_init():
+        for name, cfg in PRESETS.items():
+            counts[name] = sum(p.numel() for p in CLASSES[type(cfg)](cfg).parameters())
+    assert counts == {
+        "opt-125m": 125_239_296,
+        "opt-2.7b": 2_651_596_800,
+        "opt-6.7b": 6_658_473_984,
+        "flan-t5-xl": 2_849_757_184,
+        "flan-t5-xxl": 11_135_332_352,
+    }
+
+
+def their_forward(kind: str, theirs, embeds: Tensor, mask: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """transformers' logits (B, T, W) of the targets, and its loss."""
     if kind == "t5":
         out = theirs(inputs_embeds=embeds, attention_mask=mask.long(), labels=targets)
         return out.logits, out.loss
-    n = embeds.shape[1]
     both = torch.cat((embeds, theirs.get_input_embeddings()(targets)), dim=1)
     labels = torch.cat((torch.full(embeds.shape[:2], -100), targets), dim=1)
     mask = F.pad(mask, (0, targets.shape[1]), value=True)
     out = theirs(inputs_embeds=both, attention_mask=mask.long(), labels=labels)
-    return out.logits[:, n - 1 : -1], out.loss
+    return out.logits[:, embeds.shape[1] - 1 : -1], out.loss
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_loss_and_gradient_at_the_embeddings_equal_transformers(kind, seed, tmp_path):
-    theirs, ours = peer(kind, tmp_path, seed)
+def test_logits_loss_and_gradient_of_the_prompt_equal_transformers(kind, seed, twins):
+    """The gradient reaches the prompt's embeddings, and no weight."""
+    theirs, ours = twins(kind, seed)
     ids, mask = prompts(kind, 5, seed)
-    targets = torch.randint(6, WORDS, (5, 7))
-    embeds = ours.embed(ids).detach()
+    targets, embeds = words(5, 7, seed=seed), ours.embed(ids)
     a, b = (embeds.clone().requires_grad_() for _ in range(2))
-    logits, loss = forward(kind, theirs, a, mask, targets)
-    found = ours(b, mask, targets, torch.arange(35))
-    torch.testing.assert_close(found.view(5, 7, -1), logits, rtol=1e-5, atol=1e-5)
-    our_loss = lm_loss(found, targets.flatten())
+    logits, loss = their_forward(kind, theirs, a, mask, targets)
+    found = ours(b, mask, targets)
+    our_loss = lm_loss(found, targets, torch.tensor(35))
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-5)
     loss.backward()
     our_loss.backward()
     torch.testing.assert_close(b.grad[mask], a.grad[mask], rtol=1e-4, atol=1e-5)
     assert b.grad[mask].abs().max() > 1e-3 and all(p.grad is None for p in ours.parameters())
+
+
+def test_opt_is_causal_and_masks_padding():
+    """Three positions after one padding; the last two rows alone are those of decoding."""
+    real = torch.tensor([[False, True, True, True]])
+    expected = ["#...", ".#..", ".##.", ".###"]  # padding sees itself, so that its row is not all-masked
+    drawn = ["".join(".#"[seen] for seen in row) for row in causal_mask(real, 4)[0, 0].int().tolist()]
+    assert drawn == expected and torch.equal(causal_mask(real, 2), causal_mask(real, 4)[:, :, 2:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_is_invisible(kind, twins):
+    """What stands in the padding of a prompt or of a target changes no logit."""
+    _, ours = twins(kind)
+    ids, mask = prompts(kind, 4)
+    targets, other = words(2, 4, 6)
+    other[:, :4] = targets[:, :4]  # two words of padding
+    one = ours(ours.embed(ids), mask, targets)
+    two = ours(ours.embed(torch.where(mask, ids, 7)), mask, other)
+    torch.testing.assert_close(one[:, :4], two[:, :4], rtol=0, atol=0)
+
+
+def test_t5_buckets_near_distances_one_by_one_and_far_ones_together():
+    """The encoder tells the two sides apart, the decoder looks back only."""
+    llm = T5(T5Config(vocab_size=9, width=8, depth=1, decoder_depth=1, heads=2, head_width=4, mlp=8))
+    buckets = llm.decoder.bucket(torch.arange(0, -200, -1)).tolist()
+    assert buckets[:16] == list(range(16)) and buckets[-1] == 31 and buckets == sorted(buckets)
+    assert llm.decoder.bucket(torch.tensor([5])).item() == 0
+    after, before = llm.encoder.bucket(torch.arange(1, 200)), llm.encoder.bucket(-torch.arange(1, 200))
+    assert torch.equal(after, before + 16) and before.max() == 15
+
+
+def test_opt_350m_has_no_final_norm_and_projects_its_words():
+    llm = OPT(OPTConfig(vocab_size=9, width=8, depth=1, heads=2, mlp=8, embed_width=6, pre_norm=False))
+    names = dict(llm.named_parameters())
+    assert not any(name.startswith("ln_final") for name in names)
+    assert names["project_in.weight"].shape == (8, 6) and names["project_out.weight"].shape == (6, 8)
+    assert llm.width == 6
+
+
+def test_init_weights_keeps_t5_activations_at_a_reasonable_size():
+    """So that it can be trained from scratch (tools/make_tiny.py)."""
+    llm = T5(T5Config(vocab_size=50, width=64, depth=2, decoder_depth=2, heads=2, head_width=32, mlp=128))
+    llm.init_weights()
+    ids, mask = prompts("t5", 4)
+    assert 0.3 < llm(llm.embed(ids), mask, ids).std() < 3
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_recomputed_blocks_give_the_same_gradient(kind, twins):
+    _, ours = twins(kind)
+    ids, mask = prompts(kind, 3)
+    targets, gradients, runs = words(3, 5), [], []
+    block = (ours.blocks if kind == "opt" else ours.decoder.blocks)[0]
+    hook = block.register_forward_pre_hook(lambda *_: runs.append(1))
+    for ours.grad_checkpointing in (True, False):
+        embeds = ours.embed(ids).requires_grad_()
+        lm_loss(ours(embeds, mask, targets), targets, torch.tensor(15)).backward()
+        gradients.append(embeds.grad)
+    hook.remove()
+    torch.testing.assert_close(*gradients)
+    assert len(runs) == 3  # twice, then once
+
+
+def test_t5_is_never_fp16():
+    """Its activations overflow there; paper 3.4 has OPT in fp16 and T5 in bf16."""
+    with pytest.raises(UserError, match="got precision fp16 for .*t5, in which T5 overflows: pass bf16"):
+        stage2_model("t5").set_precision("fp16")
+    model = stage2_model("t5").set_precision("bf16")
+    assert {p.dtype for p in model.llm.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in stage2_model("opt").set_precision("fp16").llm.parameters()} == {torch.float16}
+    assert model.llm_proj.weight.dtype == torch.float32  # what is trained stays fp32
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    captions = [("", "a small red circle"), ("", "three shapes")]
+    batch = collate_lm(model.llm_tokenizer, captions, [[0], [1]], [0, 1], images=images)
+    assert torch.isfinite(model.stage2_losses(batch)["lm"])
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_steps_equal_the_whole_pass(kind, twins):
+    _, ours = twins(kind)
+    ids, mask = prompts(kind, 4)
+    targets = words(4, 6)
+    with torch.no_grad():
+        whole = ours(ours.embed(ids), mask, targets)
+        decoder = ours.decoder_for(ours.embed(ids), mask, 6)
+        steps = [decoder.start()] + [decoder.step(targets[:, t]) for t in range(5)]
+        torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
+        decoder = ours.decoder_for(ours.embed(ids), mask, 6)  # several tokens at once, to two copies of each row
+        decoder.start()
+        rows = torch.arange(4).repeat_interleave(2)
+        appended = decoder.expand(2).append(targets[rows, :5])
+        torch.testing.assert_close(appended, whole[rows, 1:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoder.step(targets[:, 0]), whole[:, 1], rtol=1e-5, atol=1e-5)  # unchanged
 
 
 OPTIONS = [dict(num_beams=1)]
@@ -99,14 +238,16 @@ OPTIONS += [dict(num_beams=1, min_new_tokens=4, repetition_penalty=1.3)]
 OPTIONS += [dict(num_beams=5, length_penalty=p, min_new_tokens=3, repetition_penalty=1.4) for p in (-1.0, 0.0, 1.0)]
 
 
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")  # it counts new tokens only, here and there
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_equals_transformers(kind, options, tmp_path):
-    """Over 52 ragged prompts: the same tokens, and with beams the same scores.
+def test_decoding_equals_transformers(kind, options, twins):
+    """The same tokens for 52 ragged prompts. With beams, a text's score is its log-probability / length ** penalty.
 
-    With a repetition penalty all are as long: behind k paddings, transformers forgives the first k new tokens.
+    With a repetition penalty the prompts are of one length: after k paddings, transformers exempts the first k new
+    tokens.
     """
-    theirs, ours = peer(kind, tmp_path)
+    theirs, ours = twins(kind)
     ids, mask = prompts(kind, 52, seed=1, shortest=9 if "repetition_penalty" in options else 2)
     embeds, end = ours.embed(ids), END[kind]
     with torch.no_grad():
@@ -114,53 +255,35 @@ def test_decoding_equals_transformers(kind, options, tmp_path):
             inputs_embeds=embeds, attention_mask=mask.long(), eos_token_id=end, pad_token_id=end, max_new_tokens=10,
             do_sample=False, output_scores=True, return_dict_in_generate=True, **options,
         )  # fmt: skip
-    sequences = out.sequences[:, 1:] if kind == "t5" else out.sequences  # without T5's start token
-    wanted = [text[: text.index(end)] if end in text else text for text in sequences.tolist()]
-    decoder = ours.decoder_for(embeds, mask, 10)
-    # transformers counts T5's start token as seen, OPT's prompt is embeddings only
-    start = torch.zeros(52, 1, dtype=torch.long) if kind == "t5" else None
-    if options["num_beams"] == 1:
-        got = [group[0] for group in generate(decoder, end_id=end, max_new_tokens=10, prompt_ids=start, **options)]
-    else:
-        rest = dict(num_captions=1, early_stopping=False, max_new_tokens=10, end_id=end, prompt_ids=start)
-        rest |= dict(min_new_tokens=0, repetition_penalty=1.0) | options
-        with torch.no_grad():
-            found = [group[0] for group in beam_search(decoder, **rest)]
-        got = [text for text, _ in found]
-        torch.testing.assert_close(torch.tensor([s for _, s in found]), out.sequences_scores, rtol=1e-5, atol=1e-5)
-    assert got == wanted
-    if options.get("length_penalty", 0) <= 0 and "min_new_tokens" not in options:
+    sequences = (out.sequences[:, 1:] if kind == "t5" else out.sequences).tolist()  # without T5's start token
+    wanted = [text[: text.index(end)] if end in text else text for text in sequences]
+    found = generate(ours.decoder_for(embeds, mask, 10), end_id=end, max_new_tokens=10, **options)
+    assert [text for (text,) in found] == wanted
+    if "repetition_penalty" in options:
+        assert any(len(set(text)) < len(text) for text in wanted)  # a penalty, and no ban
+        return
+    if options.get("length_penalty", 0) <= 0:
         assert len({len(text) for text in wanted}) > 1  # the comparison means something
+    if options["num_beams"] > 1:
+        targets, real = pad([text + [end] if len(text) < 10 else text for text in wanted], 0, multiple=1)
+        with torch.no_grad():
+            logits = ours(embeds, mask, targets)
+        log_probs = -F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * real
+        scores = log_probs.sum(dim=1) / real.sum(dim=1) ** options["length_penalty"]
+        torch.testing.assert_close(scores, out.sequences_scores, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_cached_steps_equal_the_full_forward(kind, tmp_path):
-    _, ours = peer(kind, tmp_path)
-    ids, mask = prompts(kind, 4)
-    targets = torch.randint(6, WORDS, (4, 6))
-    with torch.no_grad():
-        whole = ours(ours.embed(ids), mask, targets, torch.arange(24)).view(4, 6, -1)
-        decoder = ours.decoder_for(ours.embed(ids), mask, 6)
-        steps = [decoder.start()] + [decoder.step(targets[:, t]) for t in range(5)]
-        torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
-        decoder = ours.decoder_for(ours.embed(ids), mask, 6)  # several tokens at once, in a fork with two of each row
-        decoder.start()
-        rows = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-        behind = decoder.fork(2).append(targets[rows, :5])
-        torch.testing.assert_close(behind, whole[rows, 1:], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(decoder.step(targets[:, 0]), whole[:, 1], rtol=1e-5, atol=1e-5)  # not disturbed
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=4, length_penalty=-1.0)], ids=str)
-def test_a_ragged_batch_gives_what_each_prompt_gives_alone(kind, options, tmp_path):
-    _, ours = peer(kind, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ragged_batch_gives_what_each_prompt_gives_alone(kind, options, twins):
+    _, ours = twins(kind)
     ids, mask = prompts(kind, 8, seed=2)
-    together = generate(ours.decoder_for(ours.embed(ids), mask, 8), end_id=END[kind], max_new_tokens=8, **options)
+    options |= dict(end_id=END[kind], max_new_tokens=8)
+    together = generate(ours.decoder_for(ours.embed(ids), mask, 8), **options)
     for row in range(8):
         alone = ids[row][mask[row]][None]
         decoder = ours.decoder_for(ours.embed(alone), torch.ones_like(alone, dtype=torch.bool), 8)
-        assert generate(decoder, end_id=END[kind], max_new_tokens=8, **options) == [together[row]]
+        assert generate(decoder, **options) == [together[row]]
 
 
 def test_nucleus_equals_transformers():
@@ -172,97 +295,63 @@ def test_nucleus_equals_transformers():
         torch.testing.assert_close(found / found.sum(dim=-1, keepdim=True), kept, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["opt", "t5"])
-def test_padding_is_invisible(kind, tmp_path):
-    """What stands in the padding of a prompt or of a target changes nothing."""
-    _, ours = peer(kind, tmp_path)
-    ids, mask = prompts(kind, 4)
-    targets, other = torch.randint(6, WORDS, (2, 4, 6))
-    other[:, :4] = targets[:, :4]
-    rows = torch.arange(24).view(4, 6)[:, :4].flatten()
-    with torch.no_grad():
-        one = ours(ours.embed(ids), mask, targets, rows)
-        two = ours(ours.embed(torch.where(mask, ids, 7)), mask, other, rows)
-    torch.testing.assert_close(one, two, rtol=0, atol=0)
+def test_beams_of_t5_share_the_output_of_its_encoder(twins):
+    _, ours = twins("t5")
+    ids, mask = prompts("t5", 3)
+    decoder, rows = ours.decoder_for(ours.embed(ids), mask, 6), []
+    static_step = decoder.static_step
+    decoder.static_step = lambda tokens: (rows.append((len(tokens), len(decoder.mask))), static_step(tokens))[1]
+    generate(decoder, end_id=END["t5"], max_new_tokens=6, min_new_tokens=6, num_beams=4)
+    assert rows == [(3, 3)] + [(12, 3)] * 5
 
 
-@pytest.mark.parametrize("kind", ["opt", "t5"])
-def test_grad_checkpointing_gives_the_same_gradient(kind, tmp_path):
-    _, ours = peer(kind, tmp_path)
-    ids, mask = prompts(kind, 3)
-    targets, grads = torch.randint(6, WORDS, (3, 5)), []
-    for again in (False, True):
-        ours.grad_checkpointing = again
-        embeds = ours.embed(ids).detach().requires_grad_()
-        lm_loss(ours(embeds, mask, targets, torch.arange(15)), targets.flatten()).backward()
-        grads.append(embeds.grad)
-    torch.testing.assert_close(*grads)
+# --- the CUDA graph of a decoding step -------------------------------------------------------------------------------
 
 
-def test_relative_positions_are_where_the_bucket_says():
-    """Near distances have a bucket each, far ones share; the encoder tells the sides apart, the decoder looks back."""
-    llm = build_llm(T5Config(vocab_size=9, width=8, depth=1, decoder_depth=1, heads=2, head_width=4, mlp=8))
-    back = torch.arange(0, -200, -1)
-    buckets = llm.decoder.bucket(back).tolist()
-    assert buckets[:16] == list(range(16)) and buckets[-1] == 31 and buckets == sorted(buckets)
-    assert llm.decoder.bucket(torch.tensor([5])).item() == 0
-    ahead, behind = llm.encoder.bucket(torch.arange(1, 200)), llm.encoder.bucket(-torch.arange(1, 200))
-    assert torch.equal(ahead, behind + 16) and behind.max() == 15
+@pytest.mark.parametrize("kind", LLMS)
+def test_a_graphed_step_reads_the_same_memory_until_rows_multiply_or_leave(kind):
+    """While the graph lives, beams may change places only within the memory that it has captured."""
+    llm, seen = stage2_model(kind).llm, []
+    decoder = llm.decoder_for(torch.randn(2, 5, 128), torch.ones(2, 5, dtype=torch.bool), 9)
+    decoder.start()
+    for rows in ([0, 0, 1, 1], [1, 0, 2, 2], [0, 1, 3, 2], [2, 3], [1, 0]):  # of two images; then one has finished
+        decoder.select(torch.tensor(rows), 2)
+        read = [decoder.cache.k, decoder.cache.v, decoder.cache.position]
+        read += [decoder.real] if kind == "opt" else [decoder.mask, *(x for kv in decoder.memory for x in kv)]
+        seen.append((decoder.graphed, [x.data_ptr() for x in read]))
+        decoder.step(torch.full((len(rows),), 7))
+    same = [(before is after, old == new) for (before, old), (after, new) in itertools.pairwise(seen)]
+    assert same == [(True, True), (True, True), (False, False), (True, True)]
 
 
-def test_presets_are_the_papers_models():
-    """Paper 3.4 and Table 2; the sizes are those of the public checkpoints."""
-    counts = {}
-    with torch.device("meta"):
-        for name, cfg in PRESETS.items():
-            counts[name] = sum(p.numel() for p in build_llm(cfg).parameters())
-    assert counts == {
-        "opt-125m": 125_239_296,
-        "opt-2.7b": 2_651_596_800,
-        "opt-6.7b": 6_658_473_984,
-        "flan-t5-xl": 2_849_757_184,
-        "flan-t5-xxl": 11_135_332_352,
-    }
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and pytest -m cuda")
+@pytest.mark.parametrize("kind", LLMS)
+def test_a_replayed_step_is_the_step(kind):
+    """Captured once for four beams and once for the two that stay; in between, beams change places."""
+    generator, found = torch.Generator().manual_seed(0), []
+    prompt, tokens = torch.randn(2, 5, 128, generator=generator), torch.randint(5, 20, (9, 4), generator=generator)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    for device in ("cpu", "cuda"):
+        llm = stage2_model(kind).set_precision("fp32", device).llm
+        decoder = llm.decoder_for(prompt.to(device), mask.to(device), 12)
+        logits = [decoder.start().cpu()]
+        for step, new in enumerate(tokens):
+            rows = [0, 0, 1, 1] if step == 0 else [1, 0, 2, 2] if step < 5 else [2, 3] if step == 5 else [1, 0]
+            decoder.select(torch.tensor(rows, device=device), 2)
+            logits.append(decoder.step(new[: len(rows)].to(device)).cpu())
+        found.append(logits)
+    assert decoder.graphed.graph is not None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "llm, vit, trained",
-    [
-        ("opt-2.7b", "eva-g", 107_133_696),
-        ("opt-6.7b", "eva-g", 108_314_880),
-        ("flan-t5-xl", "eva-g", 106_739_968),
-        ("flan-t5-xxl", "eva-g", 108_314_880),
-        ("opt-2.7b", "clip-l", 103_593_984),
-        ("opt-6.7b", "clip-l", 104_775_168),
-        ("flan-t5-xl", "clip-l", 103_200_256),
-        ("flan-t5-xxl", "clip-l", 104_775_168),
-    ],
-)
-def test_stage_2_trains_as_many_parameters_as_the_paper_says(llm, vit, trained):
-    """Table 2: 107M, 108M, 107M, 108M; with ViT-L 104M and 103M. The text branch is there and not trained."""
-    with torch.device("meta"):
-        encoder = ViT(VIT_PRESETS[vit])
-        model = Blip2(encoder, QFormer(QFormerConfig(image_width=encoder.cfg.width)), None)
-        before = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert "RANDOM WEIGHTS" in model.attach_llm(llm)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
-    kept = sum(p.numel() for p in model.trained_state().values())
-    assert kept == before + sum(p.numel() for p in model.llm_proj.parameters())
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def test_350m_has_no_final_norm_and_projects_its_words():
-    llm = build_llm(OPTConfig(vocab_size=9, width=8, depth=1, heads=2, mlp=8, embed_width=6, pre_norm=False))
-    names = dict(llm.named_parameters())
-    assert not any(name.startswith("ln_final") for name in names)
-    assert names["project_in.weight"].shape == (8, 6) and names["project_out.weight"].shape == (6, 8)
-    assert llm.width == 6
-
-
-# --- folders
-
-
-def folder_with(tmp_path, **config):
-    shutil.copytree(ROOT / "assets/tiny/opt", tmp_path / "llm")
+def folder_with(tmp_path, **config) -> str:
+    """The tiny OPT's folder with other entries in its config.json."""
+    shutil.copytree(ROOT / LLMS["opt"], tmp_path / "llm", dirs_exist_ok=True)
     path = tmp_path / "llm/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return str(tmp_path / "llm")
@@ -275,45 +364,22 @@ def folder_with(tmp_path, **config):
         ({"activation_function": "gelu"}, "is of an OPT without ReLU or biases, expected one of facebook/opt-"),
         ({"model_type": "t5", "feed_forward_proj": "relu"}, "is of a T5 v1.0, expected google/t5-v1_1-"),
     ],
+    ids=str,
 )
 def test_language_models_of_another_kind_are_refused(config, sentence, tmp_path):
-    with pytest.raises(weights.UserError, match=sentence):
-        weights.load_llm(folder_with(tmp_path, **config))
+    with pytest.raises(UserError, match=sentence):
+        load_llm(folder_with(tmp_path, **config))
 
 
-def test_the_gelu_is_what_the_config_says(tmp_path):
-    """Flan-T5's own is the one by tanh; the original's BLIP-2 checkpoints set the one by erf."""
-    base = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    folder = folder_with(tmp_path, **base)
-    assert weights.llm_config(folder)[0].act == "gelu_new"
-    path = tmp_path / "llm/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dense_act_fn": "gelu"}))
-    assert weights.llm_config(folder)[0].act == "gelu"
-    whole = {"model_type": "blip-2", "text_config": json.loads(path.read_text())}
-    path.write_text(json.dumps(whole))
-    assert weights.llm_config(folder)[0].act == "gelu"
+def test_the_gelu_is_that_of_config_json(tmp_path):
+    """Flan-T5's own is by tanh; LAVIS's BLIP-2 checkpoints, which transformers hosts, set the one by erf."""
+    t5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    assert llm_config(folder_with(tmp_path, **t5))[0].act == "gelu_new"
+    assert llm_config(folder_with(tmp_path, **t5, dense_act_fn="gelu"))[0].act == "gelu"
+    inside = {"model_type": "blip-2", "text_config": t5 | {"dense_act_fn": "gelu"}}
+    assert llm_config(folder_with(tmp_path, **inside))[0].act == "gelu"
 
 
-def test_names_that_are_no_folder_list_what_there_is():
-    with pytest.raises(weights.UserError, match="expected a folder, or a name .*opt-2.7b.*flan-t5-xxl"):
-        weights.load_llm("opt-9b")
-
-
-def test_init_weights_keeps_t5_activations_at_a_reasonable_size():
-    """So that it can be trained from scratch (assets/make_tiny.py)."""
-    torch.manual_seed(0)
-    llm = build_llm(T5Config(vocab_size=50, width=64, depth=2, decoder_depth=2, heads=2, head_width=32, mlp=128))
-    llm.init_weights()
-    ids, mask = prompts("t5", 4)
-    logits = llm(llm.embed(ids), mask, ids, torch.arange(36))
-    assert 0.3 < logits.std() < 3 and isinstance(build_llm(OPTConfig(width=8, heads=2, depth=1)), OPT)
-
-
-def test_beams_of_t5_share_what_its_encoder_has_read(tmp_path):
-    _, ours = peer("t5", tmp_path)
-    ids, mask = prompts("t5", 3)
-    decoder, rows = ours.decoder_for(ours.embed(ids), mask, 6), []
-    one_more = decoder.one_more
-    decoder.one_more = lambda tokens: (rows.append((len(tokens), len(decoder.mask))), one_more(tokens))[1]
-    generate(decoder, end_id=END["t5"], max_new_tokens=6, min_new_tokens=6, num_beams=4)
-    assert rows == [(3, 3)] + [(12, 3)] * 5
+def test_a_name_that_is_no_folder_lists_the_presets():
+    with pytest.raises(UserError, match="expected a folder, or a name .*opt-2.7b.*flan-t5-xxl"):
+        load_llm("opt-9b")

@@ -1,4 +1,5 @@
-"""Evaluations with comparable numbers: presets, result files, predictions, resumption, any number of processes."""
+"""Evaluations with comparable numbers: presets never change, a result records how it was computed, an interrupted
+evaluation continues where it stopped, a wrong flag of eval.py gets a sentence."""
 
 import hashlib
 import json
@@ -6,50 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_many, shared, stage2_model
 from PIL import Image
 from safetensors import safe_open
+from samples import PRECISE, TINY_RUN, batches_of, caption_file, question_file, write_images
 
 import eval as evaluation
-import tasks
 from blip2 import Blip2
-from data import UserError, clean_question, open_photos
-from eval import PRESETS
-from shapes import ShapesWorld
-from tasks import Gallery, Kept, captioning, retrieval, shares, vqa, vqa_table, write_result
-from weights import sha256
+from engine.errors import UserError
+from tasks.batches import PartialResults
+from tasks.presets import PRESETS, partial_folder
+from weights.load import sha256
 
-RUN = str(ROOT / "assets/tiny/blip2")
-PRECISE = ["--precision", "fp32", "--device", "cpu"]
-
-
-def question_file(folder, count: int = 12, answers: int = 10, **more) -> str:
-    world, records = ShapesWorld("val"), []
-    for i in range(count):
-        world.picture(i).save(folder / f"{i}.png")
-        for kind, question, answer in world.questions(i)[1:4]:  # without counts: "two" is normalized to "2"
-            records.append({"image": f"{i}.png", "question": question, "question_id": 100 + len(records)})
-            records[-1] |= {"answer": [answer] * answers, "question_type": kind, **more}
-            records[-1]["answer_type"] = {"color": "color", "yes or no": "yes/no"}.get(kind, "other")
-    (folder / "questions.json").write_text(json.dumps(records))
-    return str(folder / "questions.json")
-
-
-def caption_file(folder, count: int = 12, **more) -> str:
-    world = ShapesWorld("val")
-    for i in range(count):
-        world.picture(i).save(folder / f"{i}.png")
-    records = [{"image": f"{i}.png", "caption": world.captions(i), "image_id": 7 * i} for i in range(count)]
-    records = [record | {"domain": ("in-domain", "near-domain")[i % 2]} for i, record in enumerate(records)]
-    (folder / "captions.json").write_text(json.dumps(records))
-    return str(folder / "captions.json")
-
-
-# --- presets
+# --- presets ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_preset_never_changes():
-    """Numbers of a preset stay comparable: who wants others adds a -v2."""
+    """Numbers of a preset stay comparable: other choices are a -v2."""
     assert {name: hashlib.sha256(repr(sorted(p.items())).encode()).hexdigest()[:8] for name, p in PRESETS.items()} == {
         "captions-v1": "77f901a4",
         "coco-captions-v1": "382b8c7a",
@@ -66,8 +39,8 @@ def test_a_preset_never_changes():
     }
 
 
-def test_presets_are_the_papers():
-    """Section 4.1 (zero-shot VQA), Tables 7 to 9; what they leave open is the original's."""
+def test_presets_are_those_of_the_paper():
+    """Section 4.1 (zero-shot VQA), Tables 7 to 9; what the paper leaves open is LAVIS's."""
     zero = PRESETS["vqav2-zeroshot-v1"]
     assert (zero["num_beams"], zero["length_penalty"], zero["max_new_tokens"], zero["image_size"]) == (5, -1.0, 10, 224)
     assert zero["template"] is None  # the language model's own: "Question: {} Answer:" or "... Short answer:"
@@ -77,141 +50,31 @@ def test_presets_are_the_papers():
     assert PRESETS["flickr30k-retrieval-v1"]["k"] == 128 and PRESETS["flickr30k-retrieval-v1"]["rerank"] == "itm"
 
 
-def test_the_result_says_how_it_came_about(tmp_path):
-    """Every choice, what was changed of the preset, and a hash of the split."""
+def test_a_result_records_its_preset_weights_and_data(tmp_path):
+    """Every choice, what differs from the preset, and hashes of the weights and of the split."""
     data, out = question_file(tmp_path, 3), tmp_path / "out.json"
-    evaluation.main(["vqa", "--checkpoint", RUN, "--data", data, "--beams", "2", "--out", str(out), *PRECISE])
+    evaluation.main(["vqa", "--checkpoint", TINY_RUN, "--data", data, "--beams", "2", "--out", str(out), *PRECISE])
     result = json.loads(out.read_text())
     assert result["preset"]["name"] == "vqa-v1" and result["preset"]["changed"] == ["num_beams"]
     assert result["preset"]["num_beams"] == 2 and result["preset"]["length_penalty"] == -1.0
     assert result["preset"]["template"] == "Question: {} Answer:" and result["preset"]["image_size"] == 64
-    assert result["computed"]["precision"] == "fp32" and result["checkpoint"] == RUN
-    assert result["weights"]["sha256"] == sha256([Path(RUN) / "model.safetensors"]) and result["weights"]["llm"]
+    assert result["computed"]["precision"] == "fp32" and result["checkpoint"] == TINY_RUN
+    assert result["weights"]["sha256"] == sha256([Path(TINY_RUN) / "model.safetensors"]) and result["weights"]["llm"]
     first = result["data"]["sha256"]
-    assert "seconds" not in result and not list(tmp_path.glob(".out*"))  # nothing is left behind
+    assert "seconds" not in result and not list(tmp_path.glob(".out*"))  # no partial results remain
     question_file(tmp_path, 4)
-    evaluation.main(["vqa", "--checkpoint", RUN, "--data", data, "--out", str(out), *PRECISE])
+    evaluation.main(["vqa", "--checkpoint", TINY_RUN, "--data", data, "--out", str(out), *PRECISE])
     assert json.loads(out.read_text())["data"]["sha256"] != first
 
 
-# --- questions
+# --- interrupted evaluations -----------------------------------------------------------------------------------------
 
 
-def test_vqa_counts_by_type_and_beside_the_majority(tmp_path):
-    """On pictures of the shapes world, in the layout of VQAv2's converted files."""
-    photos = open_photos([question_file(tmp_path)], "val", 64, questions=True)
-    result = vqa(Blip2.from_pretrained(RUN), photos)
-    assert result["metric"] == "vqa" and result["questions"] == len(photos) == 36 and result["photos"] == 12
-    right = [answer["answer"] == photos.record(row)["answer"][0] for row, answer in enumerate(result["predictions"])]
-    assert result["accuracy"] == round(100 * sum(right) / 36, 2) > result["accuracy of the majority answer"] > 0
-    kinds = [photos.record(row)["answer_type"] for row in range(36)]
-    for kind, value in result["by answer_type"].items():
-        chosen = [ok for ok, other in zip(right, kinds) if other == kind]
-        assert value == round(100 * sum(chosen) / len(chosen), 2)
-    assert set(result["by question_type"]) <= {"color", "size", "place", "shape", "relation", "yes or no"}
-    assert [p["question_id"] for p in result["predictions"]] == list(range(100, 136))
-    assert "accuracy of the lemmas" not in result
-    assert vqa(Blip2.from_pretrained(RUN), photos, lemmatized=True)["accuracy of the lemmas"] == result["accuracy"]
-    assert "by answer_type: " in vqa_table(result) and "always " in vqa_table(result)
-
-
-def test_each_photo_is_encoded_once_for_all_its_questions(tmp_path, monkeypatch):
-    model, seen, encode = Blip2.from_pretrained(RUN), [], Blip2.image_tokens
-    monkeypatch.setattr(Blip2, "image_tokens", lambda self, images: seen.append(len(images)) or encode(self, images))
-    vqa(model, open_photos([question_file(tmp_path)], "val", 64, questions=True))
-    assert sum(seen) == 12
-
-
-def test_candidates_are_ranked_instead_of_written(tmp_path):
-    """Only these are answered; the likeliest, as `rank` says."""
-    photos = open_photos([question_file(tmp_path, 4)], "val", 64, questions=True)
-    model = Blip2.from_pretrained(RUN)
-    result = vqa(model, photos, candidates=["one", "two", "red"])
-    assert {p["answer"] for p in result["predictions"]} <= {"one", "two", "red"}
-    ((first,),) = model.rank([photos.picture(0)], [[photos.record(0)["question"]]], ["one", "two", "red"])
-    assert result["predictions"][0]["answer"] == first[0].answer
-
-
-def test_a_test_set_without_answers_gives_predictions_alone(tmp_path):
-    data, out = question_file(tmp_path, 2), tmp_path / "server.json"
-    records = json.loads((tmp_path / "questions.json").read_text())
-    (tmp_path / "questions.json").write_text(
-        json.dumps([{k: v for k, v in r.items() if k != "answer"} for r in records])
-    )
-    result = evaluation.main(["vqa", "--checkpoint", RUN, "--data", data, "--predictions", str(out), *PRECISE])
-    assert result["metric"] is None and "accuracy" not in result
-    server = json.loads(out.read_text())  # what the VQA server reads
-    assert [sorted(row) for row in server] == [["answer", "question_id"]] * len(records)
-    assert all(isinstance(row["question_id"], int) and isinstance(row["answer"], str) for row in server)
-
-
-def test_questions_are_cleaned_as_in_the_original_only_for_zero_shot(tmp_path, monkeypatch):
-    """FACTS: lower case, `. ! " ( ) * # : ; ~` deleted, the question mark kept."""
-    assert clean_question('What IS "this" (here)?  ') == "what is this here?"
-    assert clean_question("a b " * 40).count(" ") == 49
-    asked, ask = [], Blip2.ask
-    monkeypatch.setattr(Blip2, "ask", lambda self, i, q, *a, **k: asked.append(q) or ask(self, i, q, *a, **k))
-    (tmp_path / "q.json").write_text(json.dumps([{"image": "0.png", "question": "What IS it?", "answer": ["x"]}]))
-    question_file(tmp_path, 1)
-    for preset in ("vqa-v1", "vqav2-zeroshot-v1"):
-        flags = ["--data", str(tmp_path / "q.json"), "--preset", preset, "--image-size", "64", *PRECISE]
-        evaluation.main(["vqa", "--checkpoint", RUN, *flags])
-    assert asked == [[["What IS it?"]], [["what is it?"]]]
-
-
-# --- captions
-
-
-def test_captions_by_domain_and_for_the_server(tmp_path):
-    """NoCaps counts its domains apart; each is scored as a data set of its own."""
-    data, out = caption_file(tmp_path), tmp_path / "server.json"
-    result = evaluation.main(["captions", "--checkpoint", RUN, "--data", data, "--predictions", str(out), *PRECISE])
-    assert list(result["domains"]) == ["in-domain", "near-domain"]
-    assert {"BLEU-4", "ROUGE-L", "CIDEr"} <= result["domains"]["in-domain"].keys() and result["ROUGE-L"] > 30
-    server = json.loads(out.read_text())  # what the COCO server and pycocoevalcap read
-    assert [row["image_id"] for row in server] == [7 * i for i in range(12)]
-    assert server[0]["caption"] == list(result["captions"].values())[0]
-
-
-def test_photos_without_captions_are_told_of_for_the_server(tmp_path):
-    """COCO's and NoCaps' test sets; retrieval needs captions, and says so."""
-    caption_file(tmp_path, 3)
-    images = [{"file_name": f"{i}.png", "id": i} for i in range(3)]
-    (tmp_path / "test.json").write_text(json.dumps({"images": images, "info": {}}))
-    out, data = tmp_path / "server.json", str(tmp_path / "test.json")
-    result = evaluation.main(["captions", "--checkpoint", RUN, "--data", data, "--predictions", str(out), *PRECISE])
-    assert "CIDEr" not in result and len(json.loads(out.read_text())) == 3
-    with pytest.raises(UserError, match='expected "image" and "caption"'):
-        open_photos([data], "test", 64)
-
-
-def test_photos_of_coco_are_told_by_their_number(tmp_path):
-    """The COCO server and pycocoevalcap know no other; LAVIS's files of val and test have no image_id, its train file
-    has one of its own."""
-    records = [{"image": "val2014/COCO_val2014_000000000042.jpg", "caption": "a"}]
-    records.append({"image": "val2014/COCO_val2014_000000522418.jpg", "caption": "a", "image_id": "coco_17"})
-    records.append({"image": "COCO_val2014_000000000007.jpg", "caption": "a", "image_id": 9})
-    records.append({"image": "other.jpg", "caption": "a"})
-    (tmp_path / "a.json").write_text(json.dumps(records))
-    gallery = Gallery(open_photos([str(tmp_path / "a.json")], "test", 64))
-    assert [gallery.public_id(photo) for photo in range(4)] == [42, 522418, 9, "other.jpg"]
-
-
-def test_the_prompt_of_a_run_is_used_by_itself(tmp_path):
-    model = stage2_model("opt")
-    model.prompt = "a photo of"
-    images = model.encode_image(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    assert model.caption(images) == model.caption(images, "a photo of") != model.caption(images, "")
-
-
-# --- resumption, any number of processes
-
-
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """What was done is not done again, a line that was cut off is; the file is the same as without the interruption."""
-    data = caption_file(tmp_path, 150)  # three batches
-    flags = ["captions", "--checkpoint", RUN, "--data", data, *PRECISE, "--out"]
-    evaluation.main([*flags, str(tmp_path / "whole.json")])
+def test_an_interrupted_evaluation_continues_where_it_stopped(tmp_path, monkeypatch):
+    """Finished batches are not computed again, one whose line was cut off is; the file equals that without the
+    interruption."""
+    data = caption_file(tmp_path, 20)
+    flags = ["captions", "--checkpoint", TINY_RUN, "--data", data, *PRECISE, "--out"]
     calls, caption = [], Blip2.caption
 
     def interrupted(self, *args, **kwargs):
@@ -220,100 +83,123 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return caption(self, *args, **kwargs)
 
-    monkeypatch.setattr(Blip2, "caption", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with batches_of(8):  # three batches
+        evaluation.main([*flags, str(tmp_path / "whole.json")])
+        monkeypatch.setattr(Blip2, "caption", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main([*flags, str(tmp_path / "cut.json")])
+        (lines,) = (tmp_path / ".cut.json.partial").glob("*/*.jsonl")
+        assert len(lines.read_text().splitlines()) == 1
+        with open(lines, "a") as file:
+            file.write('{"captions 1": ["a hal')
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):  # after one more batch
+            evaluation.main([*flags, str(tmp_path / "cut.json")])
         evaluation.main([*flags, str(tmp_path / "cut.json")])
-    (kept,) = (tmp_path / ".cut.json.partial").glob("*/*.jsonl")
-    assert len(kept.read_text().splitlines()) == 1
-    with open(kept, "a") as file:
-        file.write('{"captions 1": ["a hal')
-    calls.clear()
-    with pytest.raises(KeyboardInterrupt):  # after one more batch, by a process of the same number
-        evaluation.main([*flags, str(tmp_path / "cut.json")])
-    evaluation.main([*flags, str(tmp_path / "cut.json")])
     assert len(calls) == 3 and not (tmp_path / ".cut.json.partial").exists()
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
-def test_what_another_preset_or_split_has_left_is_not_taken(tmp_path):
-    said = {"preset": {"num_beams": 5}, "checkpoint": RUN, "data": {"sha256": "1"}}
-    other = [
-        evaluation.partial_folder("x.json", said | {key: {"sha256": "2"}}) for key in ("preset", "data", "weights")
-    ]
-    assert len({evaluation.partial_folder("x.json", said), *other}) == 4
+def test_partial_results_of_another_preset_split_or_checkpoint_are_not_taken():
+    identity = {"preset": {"num_beams": 5}, "checkpoint": TINY_RUN, "data": {"sha256": "1"}}
+    others = [partial_folder("x.json", identity | {key: {"sha256": "2"}}) for key in ("preset", "data", "weights")]
+    assert len({partial_folder("x.json", identity), *others}) == 4
 
 
-def test_what_was_done_on_other_photos_of_the_same_names_is_not_taken(tmp_path, monkeypatch):
-    """The control of a README's table: the same annotations, a folder of blank pictures."""
+def test_partial_results_of_other_images_with_the_same_names_are_not_taken(tmp_path, monkeypatch):
+    """A control of docs/results.md: the same annotations, a folder of blank images."""
     data, folders = caption_file(tmp_path, 2), []
     (tmp_path / "blank").mkdir()
     for i in range(2):
         Image.new("RGB", (64, 64)).save(tmp_path / f"blank/{i}.png")
-    monkeypatch.setattr(evaluation, "Kept", lambda folder: (folders.append(folder), Kept(None))[1])
+    monkeypatch.setattr(evaluation, "PartialResults", lambda folder: (folders.append(folder), PartialResults(None))[1])
     for images in (tmp_path, tmp_path / "blank"):
         flags = ["--data", data, "--images", str(images), "--out", str(tmp_path / "out.json")]
-        evaluation.main(["captions", "--checkpoint", RUN, *flags, *PRECISE])
-    assert folders[0] != folders[1]
+        evaluation.main(["captions", "--checkpoint", TINY_RUN, *flags, *PRECISE])
+    assert None not in folders and folders[0] != folders[1]
 
 
-def test_shares_are_whole_batches_and_cover_all(monkeypatch):
-    for count, processes in ((0, 1), (1, 3), (130, 2), (640, 4), (5000, 8)):
-        monkeypatch.setattr(tasks, "world", lambda n=processes: (0, n))
-        parts = shares(count)
-        assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
-        assert all(part.start % 64 == 0 for part in parts if part.stop > part.start)
+def test_without_an_output_file_no_partial_results_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    partial = PartialResults(None)
+    partial.add("x 0", [1])
+    assert partial.done == {"x 0": [1]} and not list(tmp_path.iterdir())
 
 
-def three_results(folder, captions: str, questions: str) -> None:
-    model = Blip2.from_pretrained(RUN)
-    write_result(folder / "captions.json", captioning(model, open_photos([captions], "val", 64)))
-    write_result(folder / "vqa.json", vqa(model, open_photos([questions], "val", 64, questions=True)))
-    write_result(folder / "retrieval.json", retrieval(model, open_photos([captions], "val", 64), k=5))
+# --- features --------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_write_the_file_of_one(tmp_path):
-    """Batches are formed before they are spread over the processes, in fp32: the same bytes."""
-    captions, questions = caption_file(tmp_path, 70), question_file(tmp_path, 70)
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    three_results(tmp_path / "one", captions, questions)
-    run_many(2, two_processes, tmp_path / "two", captions, questions)
-    for name in ("captions.json", "vqa.json", "retrieval.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-
-
-def two_processes(rank, folder, captions, questions):
-    """All processes evaluate, the first writes."""
-    if rank > 0:
-        global write_result
-        write_result = lambda *_: None  # noqa: E731
-    three_results(folder, captions, questions)
-
-
-def test_kept_without_a_folder_keeps_nothing():
-    kept = Kept(None)
-    kept.add("x 0", [1])
-    assert kept.done == {"x 0": [1]} and kept.folder is None
-
-
-# --- features
-
-
-def test_features_are_what_the_calls_give(tmp_path):
-    """Named by what they are; of a model with a language model no projected ones, which nothing has trained since."""
-    (tmp_path / "photos").mkdir()
-    for i in range(3):
-        ShapesWorld("val").picture(i).save(tmp_path / f"photos/{i}.png")
-    (tmp_path / "texts.txt").write_text("a red star\ntwo circles\n")
-    out = tmp_path / "f.safetensors"
+def features_of(checkpoint, folder, *flags: str) -> dict[str, torch.Tensor]:
+    """`eval.py features` of the images of a folder; checks that the file names them."""
+    out = folder / "f.safetensors"
+    (folder / "images").mkdir()
+    write_images(folder / "images", 3)
     evaluation.main(
-        ["features", "--checkpoint", RUN, "--images", str(tmp_path / "photos"), "--out", str(out), *PRECISE]
+        ["features", "--checkpoint", str(checkpoint), "--images", str(folder / "images"), "--out", str(out)]
+        + [*flags, *PRECISE]
     )
-    model = Blip2.from_pretrained(RUN)
-    encoded = model.encode_image([tmp_path / f"photos/{i}.png" for i in range(3)])
     with safe_open(out, "pt") as file:
-        assert list(file.keys()) == ["image_query_outputs"] and json.loads(file.metadata()["images"])[0] == "0.png"
-        torch.testing.assert_close(file.get_tensor("image_query_outputs"), encoded.query_out)
+        assert json.loads(file.metadata()["images"]) == ["0.png", "1.png", "2.png"]
+        assert json.loads(file.metadata()["texts"]) == (["a red star", "two circles"] if flags else [])
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def test_features_are_those_of_the_calls(tmp_path, stage1_run):
+    """After stage 1, of images and texts."""
+    (tmp_path / "texts.txt").write_text("a red star\ntwo circles\n")
+    found = features_of(stage1_run, tmp_path, "--texts", str(tmp_path / "texts.txt"))
+    model = Blip2.from_pretrained(stage1_run)
+    encoded = model.encode_image([tmp_path / f"images/{i}.png" for i in range(3)])
+    expected = {"image_query_outputs": encoded.query_out, "image_features": encoded.feats}
+    expected["text_features"] = model.encode_text(["a red star", "two circles"]).feats
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+def test_a_model_with_a_language_model_has_no_projected_features(tmp_path):
+    """Their projections are not trained in stage 2."""
+    found = features_of(TINY_RUN, tmp_path)
+    encoded = Blip2.from_pretrained(TINY_RUN).encode_image([tmp_path / f"images/{i}.png" for i in range(3)])
+    assert found.keys() == {"image_query_outputs"}
+    torch.testing.assert_close(found["image_query_outputs"], encoded.query_out)
+
+
+# --- wrong flags -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with captions.json and questions.json."""
+    folder = tmp_path_factory.mktemp("data")
+    caption_file(folder, 2)
+    question_file(folder, 2)
+    return folder
+
+
+def run(flags: str, folder) -> None:
+    """eval.py with these flags about the tiny run."""
+    names = {"CAPTIONS": "captions.json", "QUESTIONS": "questions.json", "FOLDER": ""}
+    for word, name in names.items():
+        flags = flags.replace(word, str(folder / name))
+    evaluation.main([*flags.split(), "--checkpoint", TINY_RUN])
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("captions --data nowhere.json", "--data nowhere.json does not exist: expected a .json or .jsonl file"),
+        ("captions --split nonsense", "got --split nonsense of the shapes world, expected train, val, test"),
+        ("captions --data CAPTIONS --out FOLDER", "is a folder: pass the name of a file in it"),
+        ("captions --data CAPTIONS --predictions no/p.json", "--predictions no/p.json: the folder no does not exist"),
+        ("captions --data CAPTIONS --beams 0", "argument --beams: got 0, expected at least 1"),
+    ],
+)
+def test_a_wrong_flag_gets_a_sentence_before_the_model_is_loaded(data, monkeypatch, capsys, flags, sentence):
+    monkeypatch.setattr(Blip2, "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded"))
+    with pytest.raises((UserError, SystemExit)) as error:
+        run(flags, data)
+    assert sentence in str(error.value) + capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -324,38 +210,15 @@ def test_features_are_what_the_calls_give(tmp_path):
             "eval.py vqa needs --data with questions; for the shapes world use: python eval.py answers",
         ),
         ("vqa --data CAPTIONS", "has ['caption', 'domain', 'image', 'image_id'], expected \"image\" and \"question\""),
-        ("captions --data CAPTIONS --beams 0", "got --beams 0, expected at least 1"),
-        ("captions --data nowhere.json", "--data nowhere.json does not exist: expected a .json or .jsonl file"),
-        ("captions --split nonsense", "got --split nonsense of the shapes world, expected train, val, test"),
-        ("captions --data CAPTIONS --out FOLDER", "is a folder: pass the name of a file in it"),
-        (
-            "vqa --data QUESTIONS --template hello",
-            "got the template 'hello', expected {} in it, where the question goes",
-        ),
+        ("vqa --data QUESTIONS --template hi", "got the template 'hi', expected {} in it, where the question goes"),
         ("vqa --data QUESTIONS --candidates CAPTIONS", "is no list of answers: expected"),
         ("retrieval --data CAPTIONS", "has a language model, for which its queries were trained since"),
         ("features --images FOLDER --texts nowhere.txt --out f.safetensors", "nowhere.txt does not exist"),
         ("features --images FOLDER --texts CAPTIONS --out f.safetensors", "texts have features in a run of stage 1"),
-        (
-            "captions --data CAPTIONS --predictions nowhere/p.json",
-            "--predictions nowhere/p.json: the folder nowhere does",
-        ),
-        ("features --images nowhere --out f.safetensors", "nowhere has no pictures in it, expected a folder of files"),
+        ("features --images nowhere --out f.safetensors", "nowhere has no images in it, expected a folder of files"),
     ],
 )
-def test_wrong_flags_get_a_sentence(tmp_path, flags, sentence):
-    for name, path in (("CAPTIONS", caption_file(tmp_path, 2)), ("QUESTIONS", question_file(tmp_path, 2))):
-        flags = flags.replace(name, path)
+def test_a_flag_that_does_not_fit_the_model_or_the_data_gets_a_sentence(data, flags, sentence):
     with pytest.raises(UserError) as error:
-        evaluation.main([*flags.replace("FOLDER", str(tmp_path)).split(), "--checkpoint", RUN])
+        run(flags, data)
     assert sentence in str(error.value)
-
-
-def test_daquar_is_read_as_it_is(tmp_path):
-    """A file in the layout of LAVIS: any of the answers counts, because there are fewer than ten."""
-    records = json.loads(shared("data/daquar/val.json").read_text())[:6]
-    folder = shared("data/daquar")
-    (tmp_path / "a.json").write_text(json.dumps(records))
-    photos = open_photos([str(tmp_path / "a.json")], "val", 64, [str(folder)], questions=True)
-    result = vqa(Blip2.from_pretrained(RUN), photos)
-    assert result["metric"] == "any" and len(result["predictions"]) == 6

@@ -1,49 +1,36 @@
-"""Paper 3.1: the Q-Former's parts, its size, and equality with transformers' implementation and with BERT."""
+"""Paper 3.1: the Q-Former's parts and size, its equality with transformers' implementation and with BERT; the kernels
+it computes with are PyTorch's functions."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import small_qformer
 
-from formats import BERT, HF_QFORMER
-from qformer import Linear, QFormer, QFormerConfig, copy_text_ffn_to_queries, drop
-from weights import load
+from engine.kernels import Linear, attention, cross_attention, dropout, shared_attention
+from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries
+from weights.load import load, no_init
+from weights.tables import BERT, HF_QFORMER
+
+# --- its parts -------------------------------------------------------------------------------------------------------
 
 
-def test_cross_attention_in_every_other_block():
-    """ "inserted every other transformer block" """
+def test_cross_attention_is_in_every_other_block():
+    """Paper 3.1: "inserted every other transformer block"."""
     model = small_qformer(depth=5)
     assert [block.cross is not None for block in model.blocks] == [True, False, True, False, True]
     assert [block.cross is not None for block in small_qformer(cross_every=3, depth=5).blocks] == [1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("image_width, expected", [(1408, 186_282_811), (1024, 182_743_867)])
-def test_paper_sized_qformer_has_the_originals_parameters(image_width, expected):
-    with torch.device("meta"):
+def test_the_paper_sized_qformer_has_the_parameters_of_lavis(image_width, expected):
+    with torch.device("meta"), no_init():
         model = QFormer(QFormerConfig(image_width=image_width))
     assert sum(p.numel() for p in model.parameters()) - model.queries.numel() == expected
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(12,), (1, 12), (40, 1, 12), (3, 5, 12), (5, 2, 8, 12)])
-def test_linear_is_torchs_whatever_way_round_it_is_computed(shape, bias):
-    """Values, gradients, and rows that lie one behind the other in memory."""
-    ours = Linear(12, 7, bias=bias)
-    theirs = torch.nn.Linear(12, 7, bias=bias)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(shape)
-    results = []
-    for layer in (ours, theirs):
-        leaf = x.clone().requires_grad_()
-        out = layer(leaf)
-        assert out.is_contiguous()
-        (out * torch.arange(7)).sin().sum().backward()
-        results.append([out, leaf.grad, *(p.grad for p in layer.parameters())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert model.queries.shape == (1, 32, 768)
 
 
 def test_queries_start_small_but_not_at_zero():
-    """At zero, the gradient through the first norm would be 1e6 times too large."""
+    """From 0, the gradient through the first LayerNorm would be 1e6 times too large."""
     torch.manual_seed(0)
     model = QFormer(QFormerConfig(50, 64, 2, 4, 128, 20, 32, 24))
     assert 0.018 < model.queries.std() < 0.022
@@ -51,7 +38,8 @@ def test_queries_start_small_but_not_at_zero():
     assert model.queries.grad.norm() < 1e5
 
 
-def test_query_feed_forward_starts_as_the_texts_copy():
+def test_the_query_feed_forward_starts_as_a_copy_of_the_text_feed_forward():
+    """Paper 3.1: "initialize Q-Former with the pre-trained weights of BERT"."""
     model = small_qformer()
     assert not torch.equal(model.blocks[0].ffn_query.up.weight, model.blocks[0].ffn_text.up.weight)
     copy_text_ffn_to_queries(model)
@@ -62,11 +50,8 @@ def test_query_feed_forward_starts_as_the_texts_copy():
 
 def test_queries_and_text_have_a_feed_forward_each():
     model = small_qformer()
-    ids, mask, image_kv = (
-        torch.randint(5, 29, (1, 4)),
-        torch.ones(1, 4, dtype=torch.bool),
-        model.image_kv(torch.randn(1, 4, 10)),
-    )
+    ids, mask = torch.randint(5, 29, (1, 4)), torch.ones(1, 4, dtype=torch.bool)
+    image_kv = model.image_kv(torch.randn(1, 4, 10))
     query, text = model("itc", ids, mask, image_kv)
     with torch.no_grad():
         for block in model.blocks:
@@ -75,26 +60,7 @@ def test_queries_and_text_have_a_feed_forward_each():
     assert torch.equal(query, other_query) and not torch.allclose(text, other_text)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_zeroes_a_share_and_keeps_the_mean(p, dtype):
-    """Also for a number of elements that does not fill the last random word, and anew at every call."""
-    torch.manual_seed(0)
-    x = torch.ones(301, 999, dtype=dtype, requires_grad=True)
-    y = drop(x, p)
-    y.sum().backward()
-    kept = y != 0
-    assert abs(1 - kept.float().mean() - p) < 0.005  # a standard deviation is 0.001
-    for direction in (0, 1):  # neighbours are independent
-        together = (kept & kept.roll(1, direction)).float().mean()
-        assert abs(together - (1 - p) ** 2) < 0.007
-    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
-    assert torch.equal(x.grad, y.detach())  # the gradient has the same mask and scale
-    assert not torch.equal(drop(x, p), y)
-    assert torch.equal(drop(x, 0.0), x)
-
-
-def test_output_matrix_is_the_word_embedding():
+def test_the_output_matrix_of_the_lm_head_is_the_word_embedding():
     model = small_qformer()
     hidden = torch.randn(2, 16)
     before = model.lm_logits(hidden)
@@ -104,15 +70,18 @@ def test_output_matrix_is_the_word_embedding():
     assert moved.nonzero().flatten().tolist() == [7]
 
 
-def test_too_long_text_is_refused():
+def test_a_text_that_is_too_long_is_refused():
     model = small_qformer()
-    with pytest.raises(ValueError, match="at most 20"):
+    with pytest.raises(ValueError, match="got 21 tokens, expected at most 20, BERT's position table"):
         model.encode_text(torch.zeros(1, 21, dtype=torch.long), torch.ones(1, 21, dtype=torch.bool))
 
 
+# --- the same function as transformers' Q-Former and BERT ------------------------------------------------------------
+
+
 @pytest.mark.parametrize("seed", range(2))
-def test_equals_transformers_qformer(seed):
-    """Queries and text in one bi-directional pass (ITM), queries alone (ITC), over the same weights."""
+def test_it_computes_what_the_qformer_of_transformers_computes(seed):
+    """Queries and text in one bi-directional pass (ITM), and queries alone (ITC), over the same weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Blip2QFormerConfig(
         vocab_size=30,
@@ -144,15 +113,15 @@ def test_equals_transformers_qformer(seed):
             encoder_hidden_states=tokens,
         ).last_hidden_state
         query, text = ours("itm", ids, mask, image_kv)
-        torch.testing.assert_close(torch.cat((query, text), dim=1)[0], expected[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(query, expected[:, :5], rtol=0, atol=1e-5)
+        torch.testing.assert_close(text[mask], expected[:, 5:][mask], rtol=0, atol=1e-5)
         expected = theirs(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
         torch.testing.assert_close(ours.encode_queries(image_kv), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_head", [True, False])
-def test_text_side_is_bert(with_head):
-    """Initialised from BERT (paper 3.1), the text side gives BERT's outputs, token type 0 included; the head too."""
+def test_the_text_side_is_bert(with_head):
+    """Initialized from BERT (paper 3.1), the text side gives BERT's outputs, token type 0 included; the head too."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=29,
@@ -168,13 +137,13 @@ def test_text_side_is_bert(with_head):
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     ours = small_qformer()
-    account = load(ours, theirs.state_dict(), BERT, "BERT")
-    assert ("LM head, which this checkpoint lacks" in account) == (not with_head)
+    report = load(ours, theirs.state_dict(), BERT, "BERT")
+    assert ("LM head, which this checkpoint lacks" in report) == (not with_head)
 
     ids, mask = torch.randint(5, 29, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
     mask[1, 4:] = False
     with torch.no_grad():
-        hidden = ours.run(ours.embed(ids), 0, mask[:, None, None])  # all rows of the text pass
+        hidden = ours.run(ours.embed(ids), 0, mask[:, None, None])
         out = theirs(input_ids=ids, attention_mask=mask.long())
         if with_head:
             logits = ours.lm_logits(hidden)
@@ -183,14 +152,114 @@ def test_text_side_is_bert(with_head):
             torch.testing.assert_close(hidden[mask], out.last_hidden_state[mask], rtol=0, atol=1e-5)
 
 
-def test_dropout_grows_what_it_keeps_without_a_bias_in_half_precision():
+# --- its kernels are PyTorch's functions -----------------------------------------------------------------------------
+
+
+def assert_same_values_and_gradients(ours, theirs, inputs, parameters=((), ())) -> None:
+    """Both functions of the inputs have the same output, and the same gradient at the inputs and at the parameters."""
+    found = []
+    for function, own in zip((ours, theirs), parameters):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        found.append([out, *torch.autograd.grad((out * weights).sum(), (*leaves, *own))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (40, 1, 12), (3, 5, 12), (5, 2, 8, 12)])
+def test_linear_is_pytorchs_whichever_matrix_is_on_the_left(shape, bias):
+    """Few rows are computed as W x^T, more rows as x W^T; the rows of the result follow each other in memory."""
+    ours, theirs = Linear(12, 7, bias=bias), torch.nn.Linear(12, 7, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    assert_same_values_and_gradients(ours, theirs, [torch.randn(shape)], (ours.parameters(), theirs.parameters()))
+    assert ours(torch.randn(shape)).is_contiguous()
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "bias"])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_attention_is_pytorchs_in_training_and_in_evaluation(mask, scale):
+    """In training a CPU computes it as plain products, in evaluation by the fused kernel."""
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+    bias = torch.randn(2, 1, 3, 5)
+    mask = {"none": None, "bool": bias > -0.5, "bias": bias}[mask]
+    if mask is not None and mask.dtype == torch.bool:
+        mask[..., 0] = True  # no row is empty
+
+    def ours(q, k, v):
+        return attention(q, k, v, mask, scale=scale)
+
+    def theirs(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    assert_same_values_and_gradients(ours, theirs, (q, k, v))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(q, k, v), theirs(q, k, v))
+
+
+def test_rows_that_share_keys_attend_to_them_without_a_copy():
+    """Three rows a key: equal to plain attention over three copies of keys, values and mask, with gradient."""
+    q, k, v, bias = (
+        torch.randn(2, 3, 4, 1, 8),
+        torch.randn(2, 4, 5, 8),
+        torch.randn(2, 4, 5, 8),
+        torch.randn(2, 1, 1, 5),
+    )
+
+    def shared(q, k, v):
+        return shared_attention(q, k, v, bias, scale=1.0).flatten(0, 1)
+
+    def plain(q, k, v):
+        k, v, mask = (x.repeat_interleave(3, dim=0) for x in (k, v, bias))
+        return F.scaled_dot_product_attention(q.flatten(0, 1), k, v, attn_mask=mask, scale=1.0)
+
+    assert_same_values_and_gradients(shared, plain, (q, k, v))
+
+
+@pytest.mark.parametrize("others", [0, 3, 4])
+def test_the_pairs_of_itm_share_the_keys_of_their_image(others):
+    """Rows b and B + b read own image b, the rows after 2B an image each: equal to plain attention over copied keys and
+    values, with gradient."""
+    B = 3
+    q = torch.randn(2 * B + others, 4, 5, 8)
+    own, other = torch.randn(2, B, 4, 6, 8), torch.randn(2, others, 4, 6, 8)
+
+    def shared(q, own, other):
+        return cross_attention(q, (*own, *other))
+
+    def copied(q, own, other):
+        k, v = torch.cat((own, own, other), dim=1)
+        return cross_attention(q, (k, v))
+
+    def plain(q, own, other):
+        k, v = torch.cat((own, own, other), dim=1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    assert_same_values_and_gradients(shared, plain, (q, own, other))
+    assert_same_values_and_gradients(copied, plain, (q, own, other))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_a_share_and_keeps_the_mean(p, dtype):
+    """Also for a number of elements that does not fill the last random word, and anew at every call."""
+    x = torch.ones(301, 999, dtype=dtype, requires_grad=True)
+    y = dropout(x, p)
+    y.sum().backward()
+    kept = y != 0
+    assert abs(1 - kept.float().mean() - p) < 0.005  # a standard deviation is 0.001
+    for direction in (0, 1):  # neighbours are independent
+        together = (kept & kept.roll(1, direction)).float().mean()
+        assert abs(together - (1 - p) ** 2) < 0.007
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
+    assert torch.equal(x.grad, y.detach())  # the gradient has the same mask and scale
+    assert not torch.equal(dropout(x, p), y)
+    assert torch.equal(dropout(x, 0.0), x)
+
+
+def test_dropout_in_bf16_scales_what_it_keeps_without_bias():
     """The factor itself is not rounded to bf16, which would shrink everything by 0.16 % at every layer."""
     x = 1 + torch.rand(1000, 1000).bfloat16()
-    y = drop(x, 0.1)
+    y = dropout(x, 0.1)
     assert (y.double().sum() / x[y > 0].double().sum()).item() == pytest.approx(1 / 0.9, rel=2e-4)
-
-
-@pytest.mark.parametrize(("p", "share"), [(1e-7, 2**-16), (1 - 1e-7, 1 - 2**-16)])
-def test_the_smallest_and_the_largest_dropout_are_a_65536th_from_none_and_all(p, share):
-    dropped = (drop(torch.ones(2**22), p) == 0).double().mean().item()
-    assert abs(dropped - share) < 2**-18

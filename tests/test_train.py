@@ -1,97 +1,102 @@
-"""Training does what it says: recipe and schedule, what is frozen, resuming, accumulation, many processes."""
+"""Training does what it says: schedule and optimizer, where each stage starts and what it trains, accumulation, log,
+checkpoints, stops, resuming bit for bit, validation, the feature cache."""
 
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, random_batch, small_model, stage2_model
-from safetensors.torch import load_file
+from conftest import FEW_STEPS, ROOT, TINY, copy_of, random_batch, small_model, stage2_model
+from safetensors.torch import load_file, save_file
+from samples import caption_file, question_file
 
-import blip2
+import losses
 import train
 from blip2 import Blip2
-from data import CachedTokens, make_llm_batch, open_photos
-from qformer import attend
-from shapes import ShapesWorld
-from train import (
-    TrainConfig,
-    build_optimizer,
-    complete,
-    hardness_at,
-    lr_at,
-    main,
-    memory_estimate,
-    parse_flags,
-    parts_table,
-)
+from config import RECIPES, TrainConfig
+from data import collate_lm
+from engine import checkpoint
+from engine.checkpoint import GracefulStop, save_checkpoint
+from engine.errors import UserError
+from engine.log import memory_estimate, model_summary
+from model import Blip2Model
+from sources import shapes
+from sources.annotations import open_images
+from sources.shapes import ShapesWorld
+from tasks import validation
+from tasks.features import CachedTokens
+from train import build_optimizer, hardness_at, lr_at, set_lr
 
-FAST = [*TINY, "--stage", "1", "--batch", "8", "--queries", "4", "--eval-every", "0", "--precision", "fp32"]
+STAGE1 = "--vit assets/tiny/vit --bert assets/tiny/bert --batch 4 --queries 4 --eval-every 0 --precision fp32"
+STAGE2 = "--stage 2 --batch 4 --eval-every 0 --precision fp32"
+CAPTIONS = ["a small red circle above a large blue square", "a small green cross", "three shapes", "a white star"]
 
 
 @pytest.fixture
 def run_train(monkeypatch):
-    """run_train(out, flags...) -> the rows of the log. The evaluation of 1,000 pictures at the end is left out."""
-    way = {"image_to_text": {}, "text_to_image": {}}
-    nothing = dict.fromkeys(("chance", "shuffled pictures", "itc"), way) | {"subsets": {}, "mistakes": []}
-    monkeypatch.setattr(
-        train, "retrieval", lambda *_, **__: {"task": "retrieval", "photos": 0, "texts": 0, "seconds": 0, **nothing}
-    )
+    """run_train(folder, "--flags of a run", ...) -> the steps in its log. The evaluation at the end is left out."""
+    monkeypatch.setattr(train, "final_evaluation", lambda *_: None)
 
-    def run(out, *flags):
-        main(["--resume", "--out", str(out)] if flags == ("--resume",) else [*FAST, "--out", str(out), *flags])
-        return rows(out)
+    def run(out: Path, *flags: str | Path) -> list[dict]:
+        words = [word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
+        train.main([*words, "--out", str(out)])
+        return [row for row in log_of(out) if "loss" in row]
 
     return run
 
 
-def rows(out):
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [line for line in lines if "loss" in line]
+@pytest.fixture
+def few_images(monkeypatch):
+    """A few of the shapes world's images to validate on and to test on."""
+    monkeypatch.setitem(shapes.SPLITS, "val", 20)
+    monkeypatch.setitem(shapes.SPLITS, "test", 16)
+    for subset in shapes.TEST_SUBSETS:
+        monkeypatch.setitem(shapes.TEST_SUBSETS, subset, 4)
 
 
-# --- recipe, schedule, optimizer
+def log_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_learning_rate_never_rises_after_its_peak():
-    """Nor below a recipe's lowest rate, if a lower peak is asked for."""
-    cfg, _ = complete(*parse_flags(["--lr", "5e-6"]))
-    rates = [lr_at(step, cfg) for step in range(cfg.warmup, cfg.steps + 1)]
-    assert max(rates) == rates[0] and rates == sorted(rates, reverse=True)
-    with pytest.raises(train.UserError, match="got --min-lr 0.1, expected at most --lr 0.01"):
-        main([*FAST, "--lr", "0.01", "--min-lr", "0.1", "--out", "nowhere"])
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
 
 
-@pytest.mark.parametrize("stage, folder", [("1", "stage1"), ("2", "stage2"), ("vqa", "vqa"), ("caption", "caption")])
-def test_a_run_without_a_name_is_where_the_readme_says(stage, folder, monkeypatch):
-    def where(run, *_):
-        raise train.UserError(str(run))
+def in_step(monkeypatch, number: int, action) -> list[float]:
+    """Call action() in the number-th step from here on; returns the learning rates of the steps, as they come."""
+    rates = []
 
-    monkeypatch.setattr(train, "resume", where)
-    with pytest.raises(train.UserError, match=f"^runs/{folder}$"):
-        main(["--resume", "--stage", stage])
+    def set_lr_and_act(optimizer, lr):
+        set_lr(optimizer, lr)
+        rates.append(lr)
+        if len(rates) == number:
+            action()
+
+    monkeypatch.setattr(train, "set_lr", set_lr_and_act)
+    return rates
 
 
-def test_paper_recipe_is_the_papers():
-    """Section 3.4: 250k steps of 1680, AdamW (0.9, 0.98), decay 0.05, peak 1e-4, 2k warm-up, 224 pixels."""
-    cfg, why = complete(*parse_flags(["--data", "coco.json"]))
-    assert (cfg.steps, cfg.batch, cfg.warmup, cfg.image_size) == (250_000, 1680, 2000, 224)
-    assert (cfg.lr, cfg.beta2, cfg.weight_decay) == (1e-4, 0.98, 0.05)
-    assert (cfg.queries, cfg.embed_dim) == (32, 256)  # 3.1, and the original's
-    assert 'recipe "stage 1, paper", because --data is not shapes' in why
-    assert complete(*parse_flags([]))[1].startswith('recipe "stage 1, tiny", because --data is shapes')
-    cfg, why = complete(*parse_flags(["--steps", "7", "--lr", "0.5"]))
-    assert cfg.steps == 7 and cfg.lr == 0.5 and "steps" not in why  # a flag wins over the recipe
+def die():
+    raise KeyboardInterrupt
+
+
+def retrieval_result(score: float) -> dict:
+    """A result of the retrieval task; all recalls are `score`."""
+    recalls = {way: dict.fromkeys(("R@1", "R@5", "R@10"), score) for way in ("image_to_text", "text_to_image")}
+    numbers = dict.fromkeys(("chance", "shuffled images", "itc", "reranked"), recalls)
+    return {"task": "retrieval", "images": 1, "texts": 1, "k": 1, "subsets": {}, "mistakes": [], "seconds": 0} | numbers
+
+
+# --- schedule and optimizer ------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_at_some_steps():
+    """Linear from 0 to the peak, then a cosine to the minimal rate at the last step."""
     cfg = TrainConfig(steps=1000, lr=1e-4, min_lr=1e-5, warmup=100)
     assert lr_at(1, cfg) == pytest.approx(1e-6) and lr_at(50, cfg) == pytest.approx(5e-5)
     assert lr_at(100, cfg) == pytest.approx(1e-4) and lr_at(1000, cfg) == pytest.approx(1e-5)
@@ -101,20 +106,19 @@ def test_learning_rate_at_some_steps():
 
 
 def test_negatives_become_hard_along_the_ramp(monkeypatch):
-    """From any other photo to ITC's choice; the paper has no ramp, they are ITC's choice from the first step."""
+    """From any other image to ITC's choice; the paper has no ramp, its negatives are hard from the first step."""
     ramp = TrainConfig(negatives_ramp=200)
     assert [hardness_at(step, ramp) for step in (0, 50, 200, 999)] == [0.0, 0.25, 1.0, 1.0]
-    assert hardness_at(1, TrainConfig(negatives_ramp=0)) == 1.0
-    assert train.RECIPES["stage 1, paper"]["negatives_ramp"] == 0
-    seen, draw = [], blip2.sample_hard_negatives
-    monkeypatch.setattr(blip2, "sample_hard_negatives", lambda sim, *rest: seen.append(sim) or draw(sim, *rest))
+    assert hardness_at(1, TrainConfig(negatives_ramp=RECIPES["stage 1, paper"]["negatives_ramp"])) == 1.0
+    seen, sample = [], losses.sample_hard_negatives
+    monkeypatch.setattr(losses, "sample_hard_negatives", lambda sim, *rest: seen.append(sim) or sample(sim, *rest))
     for hardness in (1.0, 0.25, 0.0):
         small_model().stage1_losses(random_batch(4), hardness=hardness)
     torch.testing.assert_close(seen[2], seen[0] / 4)
     assert seen[4].eq(0).all() and not seen[0].eq(0).any()
 
 
-def test_decay_is_on_matrices_and_tables_never_on_the_temperature():
+def test_weight_decay_is_on_matrices_and_tables_never_on_the_temperature():
     model = small_model()
     groups = build_optimizer(model, TrainConfig(lr=1e-4, beta2=0.98, weight_decay=0.05)).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
@@ -126,159 +130,161 @@ def test_decay_is_on_matrices_and_tables_never_on_the_temperature():
     assert len(decayed | spared) == sum(not name.startswith("vit.") for name in names.values())
 
 
-# --- what is trained
-
-
-def test_frozen_stays_frozen_and_everything_else_learns():
+def test_a_trained_vit_learns_slower_block_by_block():
+    """AdamW's first step moves every weight by its learning rate, so the decay can be read from the weights."""
     model = small_model()
+    model.unfreeze_vit()
+    cfg = TrainConfig(lr=1e-3, beta2=0.999, weight_decay=0.0, vit_lr_decay=0.5)
+    optimizer = build_optimizer(model.train(), cfg)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    model.train()
-    assert not model.vit.training and model.qformer.training
-    optimizer = build_optimizer(model, TrainConfig(lr=1e-2, beta2=0.98, weight_decay=0.0))
-    sum(model.stage1_losses(random_batch(4)).values()).backward()
+    sum(model.stage1_losses(random_batch(6)).values()).backward()
+    set_lr(optimizer, cfg.lr)
     optimizer.step()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == name.startswith("vit.")
-        assert torch.equal(parameter, before[name]) == name.startswith("vit."), name
+    scales = {"vit.blocks.1.fc1.weight": 0.5, "vit.blocks.0.fc1.weight": 0.25, "vit.pos_embed": 0.125}
+    for name, scale in (scales | {"qformer.queries": 1}).items():
+        moved = (model.get_parameter(name) - before[name]).abs().median().item()
+        assert moved == pytest.approx(1e-3 * scale, rel=1e-2), name
 
 
-def test_a_batch_is_learned_by_heart():
-    """All three losses fall far below chance on four pairs: gradients go where they should."""
-    model, batch = small_model(width=32, depth=2).train(), random_batch(4)
-    for module in model.modules():
-        if hasattr(module, "dropout"):
-            module.dropout = 0.0
-    optimizer = build_optimizer(model, TrainConfig(lr=3e-3, beta2=0.98, weight_decay=0.0))
-    for _ in range(150):
-        optimizer.zero_grad()
-        losses = model.stage1_losses(batch)
-        sum(losses.values()).backward()
-        optimizer.step()
-    floor = train.smoothing_floor
-    assert losses["itc"] < floor(4) + 0.3 and losses["itm"] < 0.3 and losses["itg"] < floor(30) + 0.5
+def test_gradients_are_clipped_before_the_step(tmp_path, run_train):
+    """The log has the norm before clipping. AdamW's first step forgets the scale, so its moments are looked at."""
+    (row,) = run_train(tmp_path / "run", STAGE1, "--steps 1 --clip 0.01")
+    state = torch.load(tmp_path / "run/train_state.pt", weights_only=True)["optimizer"]["state"]
+    first = torch.stack([moments["exp_avg"].norm() for moments in state.values()]).norm()
+    assert row["norm"] > 1 and first.item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # (1 - beta1) * the clipped norm
 
 
-def test_without_itg_its_head_is_not_trained(tmp_path, run_train):
-    log = run_train(tmp_path / "run", "--losses", "itc,itm", "--steps", "2")
+def test_the_temperature_is_kept_within_its_bounds(tmp_path, run_train, monkeypatch):
+    monkeypatch.setattr(train, "TEMPERATURES", (0.2, 0.5))
+    assert run_train(tmp_path, STAGE1, "--steps 2")[-1]["temperature"] == pytest.approx(0.2, abs=1e-3)
+
+
+# --- where each stage starts, and what it trains ---------------------------------------------------------------------
+
+
+def test_without_itg_its_head_is_not_trained_and_the_run_writes_no_captions(tmp_path, run_train):
+    """The ablation of the paper's Table 6."""
+    log = run_train(tmp_path / "run", STAGE1, "--losses itc,itm --steps 2")
     assert set(log[0]) & {"itc", "itm", "itg"} == {"itc", "itm"}
-    trained = load_file(tmp_path / "run/model.safetensors")
     torch.manual_seed(0)
-    fresh, _ = Blip2.build(TINY[1], TINY[3], 64, 4, 2, 64)
-    assert torch.equal(trained["qformer.lm_head.dense.weight"], fresh.qformer.lm_head.dense.weight)
-    assert not torch.equal(trained["itm_head.weight"], fresh.itm_head.weight)
+    fresh, _ = Blip2.build(TINY[1], TINY[3], 64, 64, num_queries=4)
+    trained = Blip2.from_pretrained(tmp_path / "run")
+    assert torch.equal(trained.qformer.lm_head.dense.weight, fresh.qformer.lm_head.dense.weight)
+    assert not torch.equal(trained.itm_head.weight, fresh.itm_head.weight)
+    assert trained.untrained_heads == ("itg",)
+    with pytest.raises(UserError, match="is not trained here, as in runs of other --losses"):
+        trained.caption("assets/tiny/picture.png")
 
 
-# --- runs
+def test_stage_2_learns_and_leaves_what_is_frozen_alone():
+    model = stage2_model("opt").train()
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    batch = collate_lm(model.llm_tokenizer, [("", text) for text in CAPTIONS], [], list(range(4)), images=images)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    found = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model.stage2_losses(batch)["lm"]
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    assert found[-1] < 0.7 * found[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-def test_a_run_can_be_stopped_and_resumed_bit_for_bit(tmp_path, run_train):
-    """6 steps are 3 steps, a new process's worth of resuming, and 3 steps: the same losses, the same weights."""
-    flags = ["--steps", "6", "--save-every", "3", "--keep", "2", "--dropout", "0.1"]
-    straight = run_train(tmp_path / "straight", *flags)
-    broken = tmp_path / "broken"
-    run_train(broken, *flags)
-    shutil.rmtree(broken / "step-000006")  # as if it had died after the checkpoint of step 3
-    resumed = run_train(broken, "--resume")
-    for key in ("itc", "itm", "itg", "lr", "norm", "temperature"):
-        assert [row[key] for row in resumed] == [row[key] for row in straight], key
-    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
-    one, other = (load_file(run / "model.safetensors") for run in (tmp_path / "straight", broken))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def test_stage_2_keeps_the_text_branch_and_the_heads_of_stage_1_as_they_were(stage1_run, stage2_run):
+    before, after = weights_of(stage1_run), weights_of(stage2_run)
+    assert before.keys() < after.keys() and not any(name.startswith(("vit.", "llm.")) for name in after)
+    kept = ("qformer.word_embedding", "qformer.position", "qformer.lm_head", "vision_proj", "text_proj", "itm_head")
+    for name in before:
+        is_kept = ".ffn_text." in name or name.startswith((*kept, "temperature"))
+        assert torch.equal(before[name], after[name]) == is_kept, name
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, monkeypatch, run_train, name):
-    number, handler = getattr(signal, name), signal.getsignal(getattr(signal, name))
-    set_lr, rates = train.set_lr, []
-
-    def set_lr_and_interrupt(optimizer, lr):
-        set_lr(optimizer, lr)
-        rates.append(lr)
-        if len(rates) == 2:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(train, "set_lr", set_lr_and_interrupt)
-    assert [row["step"] for row in run_train(tmp_path, "--steps", "4")] == [1, 2]
-    assert signal.getsignal(number) == handler
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
-    assert [row["step"] for row in run_train(tmp_path, "--resume")] == [1, 2, 3, 4]
+def test_stage_2_without_stage_1_starts_from_bert(tmp_path, run_train):
+    """The ablation of the paper's Figure 5."""
+    run_train(tmp_path, STAGE2, "--init none --steps 1 --lr 1e-9")
+    torch.manual_seed(0)
+    fresh, _ = Blip2.build(TINY[1], TINY[3], 64, 64, num_queries=8)
+    name = "qformer.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(weights_of(tmp_path)[name], fresh.get_parameter(name).detach(), rtol=0, atol=1e-6)
 
 
-def test_checkpoints_appear_whole_and_only_the_last_are_kept(tmp_path, run_train):
-    run_train(tmp_path, "--steps", "6", "--save-every", "2", "--keep", "2")
-    whole = {"config.json", "model.safetensors", "tokenizer.json", "train_state.pt"}
-    latest = {p.name for p in tmp_path.iterdir()}
-    assert latest == whole | {"log.jsonl", "retrieval.json", "step-000004", "step-000006"}
-    assert {p.name for p in (tmp_path / "step-000004").iterdir()} == whole
-    for folder in (tmp_path, tmp_path / "step-000006"):
-        Blip2.from_pretrained(folder)
-    assert os.path.samefile(tmp_path / "model.safetensors", tmp_path / "step-000006/model.safetensors")
+def test_stage_2_over_the_same_language_model_keeps_its_projection(tmp_path, run_train, stage2_run, capsys):
+    """However its folder is spelled."""
+    run_train(tmp_path, STAGE2, "--llm ./assets/tiny/opt/ --steps 1 --lr 1e-9 --init", stage2_run)
+    assert "the projection to it is new" not in capsys.readouterr().out
+    one, two = (weights_of(run)["llm_proj.weight"] for run in (stage2_run, tmp_path))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
 
-def test_a_checkpoint_that_could_not_be_finished_changes_nothing(tmp_path, monkeypatch, run_train):
-    run_train(tmp_path, "--steps", "2", "--save-every", "2")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "log.jsonl"}
+def test_stage_2_over_another_language_model_writes_a_run_that_opens_and_resumes(
+    tmp_path, run_train, stage2_run, capsys
+):
+    """With a new projection, and the hash of the new language model."""
+    log = run_train(tmp_path, STAGE2, "--llm assets/tiny/t5 --steps 2 --save-every 1 --keep 2 --init", stage2_run)
+    assert "the projection to it is new" in capsys.readouterr().out
+    assert Path(Blip2.from_pretrained(tmp_path).sources["llm"].spec) == ROOT / "assets/tiny/t5"
+    shutil.rmtree(tmp_path / "step-000002")
+    assert [row["lm"] for row in run_train(tmp_path, "--resume")] == [row["lm"] for row in log]
 
-    def disk_full(*_, **__):
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(train.torch, "save", disk_full)
+def test_stage_2_after_fine_tuning_for_captions_has_no_prompt(tmp_path, run_train, stage2_run):
+    """It is trained without one, so its captions have to begin without one."""
+    short = "--batch 4 --steps 1 --eval-every 0 --precision fp32 --init"
+    run_train(tmp_path / "caption", "--stage caption", short, stage2_run, "--prompt", Path("a photo of"))
+    assert Blip2.from_pretrained(tmp_path / "caption").prompt == "a photo of"
+    run_train(tmp_path / "stage2", "--stage 2", short, tmp_path / "caption")
+    assert Blip2.from_pretrained(tmp_path / "stage2").prompt == ""
+
+
+@pytest.mark.parametrize("stage", ["caption", "vqa", "retrieval"])
+def test_a_fine_tuned_run_holds_its_vit_at_its_resolution_and_opens_alone(
+    tmp_path, run_train, stage, stage1_run, stage2_run, capsys
+):
+    before = stage1_run if stage == "retrieval" else stage2_run
+    flags = f"--stage {stage} --batch 4 --steps 2 --warmup 0 --lr 1e-3 --image-size 48 --eval-every 0 --precision fp32"
+    run_train(tmp_path / "run", flags, "--init", before)
+    said = capsys.readouterr().out
+    assert "peak learning rate 1.0e-03; in the ViT, from below: 2.6e-04, 3.3e-04, " in said
+    assert "ViT (frozen)" not in said
+    state = weights_of(tmp_path / "run")
+    assert "vit.blocks.0.fc1.weight" in state and not any(name.startswith("vit.") for name in weights_of(before))
+    assert state["vit.pos_embed"].shape[1] == 1 + 6 * 6  # 48 pixels, patches of 8
+
+    model = Blip2.from_pretrained(tmp_path / "run")
+    assert model.image_size == 48 and model.holds_vit and not model.vit_is_trained
+    assert torch.equal(model.vit.pos_embed, state["vit.pos_embed"]) and model.conditioned == (stage == "vqa")
+    image = ShapesWorld("train").image(0)
+    if stage == "vqa":
+        assert isinstance(model.ask(image, "how many shapes are there?"), str)
+    other = Blip2.from_pretrained(tmp_path / "run", image_size=64)  # at another size, its positions are resized
+    assert other.encode_image(image).tokens.shape[1] == 1 + 8 * 8
+    without = {name: tensor for name, tensor in state.items() if not name.startswith("vit.blocks.1.")}
+    save_file(without, tmp_path / "run/model.safetensors")
+    with pytest.raises(UserError, match="missing: no source for vit.blocks.1."):
+        Blip2.from_pretrained(tmp_path / "run")
+
+
+def test_freeze_vit_leaves_it_alone_and_out_of_the_checkpoint(tmp_path, run_train, stage2_run):
+    flags = "--stage vqa --freeze-vit --no-condition --batch 4 --steps 1 --eval-every 0 --precision fp32 --init"
+    run_train(tmp_path, flags, stage2_run)
+    assert not any(name.startswith("vit.") for name in weights_of(tmp_path))
     model = Blip2.from_pretrained(tmp_path)
-    with pytest.raises(OSError):
-        train.save_checkpoint(tmp_path, 4, model, {}, TrainConfig(), is_best=True)
-    assert all(path.read_bytes() == content for path, content in before.items())
-    assert sorted(tmp_path.glob("step-*")) == [tmp_path / "step-000002"]
+    assert not model.holds_vit and not model.conditioned
 
 
-def test_the_best_model_in_validation_is_kept(tmp_path, monkeypatch):
-    scores, final = iter([10.0, 30.0, 20.0]), {}
-
-    def fake(model, photos, k=128, **_):
-        final.update(model.trained_state())
-        way = dict.fromkeys(("R@1", "R@5", "R@10"), next(scores) if k == 16 else 0.0)
-        both = {"image_to_text": way, "text_to_image": way}
-        return {"task": "retrieval", "photos": 1, "texts": 1, "k": k, "seconds": 0, "chance": both, "itc": both,
-                "shuffled pictures": both, "reranked": both, "subsets": {}, "mistakes": []}  # fmt: skip
-
-    monkeypatch.setattr(train, "retrieval", fake)
-    main([*FAST, "--out", str(tmp_path), "--steps", "6", "--eval-every", "2", "--save-every", "2", "--keep", "3"])
-    best = (tmp_path / "best/model.safetensors").read_bytes()
-    assert best == (tmp_path / "step-000004/model.safetensors").read_bytes()
-    assert best != (tmp_path / "model.safetensors").read_bytes()
-    kept = load_file(tmp_path / "best/model.safetensors")
-    assert all(torch.equal(final[name], kept[name]) for name in kept)  # it is the one that is evaluated at the end
-
-
-def test_held_out_photos_are_not_trained_on_and_negatives_are_drawn_anew(tmp_path, monkeypatch, run_train):
-    from test_data import write_photos
-
-    trained, validated, draws, losses = set(), set(), [], Blip2.stage1_losses
-
-    def spy(model, batch, objectives, totals, generator, *rest):
-        trained.update(batch.image_ids.tolist())
-        draws.append(generator.initial_seed())
-        return losses(model, batch, objectives, totals, generator, *rest)
-
-    retrieval = train.retrieval  # run_train's, which evaluates nothing
-    both = {way: dict.fromkeys(("R@1", "R@5", "R@10"), 0.0) for way in ("image_to_text", "text_to_image")}
-
-    def spy_on_validation(model, photos, **_):
-        validated.update(photos.image_id(row) for row in range(len(photos)))
-        return {**retrieval(), "itc": both}
-
-    monkeypatch.setattr(Blip2, "stage1_losses", spy)
-    monkeypatch.setattr(train, "retrieval", spy_on_validation)
-    flags = f"--data {write_photos(tmp_path, 20, (64, 64))} --image-size 64 --val-photos 4 --steps 4 --eval-every 4"
-    run_train(tmp_path / "run", *flags.split(), "--micro-batch", "4")
-    assert len(validated) == 4 and len(trained) == 16 and not trained & validated
-    assert len(set(draws)) == len(draws) == 8  # 4 steps of 2 micro-batches
+# --- the steps of a run ----------------------------------------------------------------------------------------------
 
 
 def test_every_step_is_in_the_log_with_the_true_means(tmp_path, run_train):
-    """One line a step whatever --log-every says; accumulated micro-batches are averaged over all their words."""
-    flags = "--steps 3 --log-every 2 --losses itc,itg --dropout 0".split()
+    """One line a step whatever --log-every says; accumulated micro-batches are averaged over all their tokens, and
+    share no negatives."""
+    flags = [STAGE1, "--batch 8 --steps 3 --log-every 2 --losses itc,itg"]
     whole = run_train(tmp_path / "whole", *flags)
-    parts = run_train(tmp_path / "parts", *flags, "--micro-batch", "2")
+    parts = run_train(tmp_path / "parts", *flags, "--micro-batch 2")
     assert [row["step"] for row in whole] == [1, 2, 3]
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(a["itc"] + a["itg"])
@@ -287,270 +293,346 @@ def test_every_step_is_in_the_log_with_the_true_means(tmp_path, run_train):
     assert parts[0]["itg"] == pytest.approx(whole[0]["itg"], rel=1e-4)
 
 
-def test_the_temperature_is_kept_within_its_bounds(tmp_path, run_train, monkeypatch):
-    monkeypatch.setattr(train, "TEMPERATURES", (0.2, 0.5))
-    assert run_train(tmp_path, "--steps", "2")[-1]["temperature"] == pytest.approx(0.2, abs=1e-3)
-
-
-def test_what_happens_to_a_validation_costs_nothing(tmp_path, monkeypatch):
-    """The checkpoint of its step is there before it."""
-
-    def fails(*_, **__):
-        raise train.UserError("evaluation needs every photo")
-
-    monkeypatch.setattr(train, "retrieval", fails)
-    with pytest.raises(train.UserError):
-        main([*FAST, "--out", str(tmp_path), "--steps", "4", "--eval-every", "2", "--save-every", "2"])
-    assert (tmp_path / "step-000002/model.safetensors").exists()
-
-
-@pytest.mark.parametrize("stopped_at", [2, 4])
-def test_a_validation_that_a_stop_has_prevented_is_made_up_for(stopped_at, tmp_path, monkeypatch):
-    """Ctrl-C in a step that is to be validated, the last one too: the run that goes on has all validations of one that
-    was never stopped, and the same best model."""
-    both, set_lr, steps = ("image_to_text", "text_to_image"), train.set_lr, []
-
-    def better_each_time(model, photos, k=128, **_):
-        scores = {way: dict.fromkeys(("R@1", "R@5", "R@10"), len(steps)) for way in both}
-        found = dict.fromkeys(("chance", "itc", "shuffled pictures", "reranked"), scores) | dict(
-            subsets={}, mistakes=[]
-        )
-        return found | dict(task="retrieval", photos=1, texts=1, k=k, seconds=0, subsets={}, mistakes=[])
-
-    def interrupt(optimizer, lr):
-        set_lr(optimizer, lr)
-        steps.append(lr)
-        if len(steps) == stopped_at:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(train, "retrieval", better_each_time)
-    monkeypatch.setattr(train, "set_lr", interrupt)
-    assert main([*FAST, "--out", str(tmp_path), *"--steps 4 --eval-every 2 --save-every 2".split()]) is None
-    main(["--resume", "--out", str(tmp_path)])
-    log = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert [row["step"] for row in log if "validation" in row] == [2, 4]
-    assert json.loads((tmp_path / "best/config.json").read_text())["step"] == 4
-
-
-def test_a_run_goes_on_beside_a_copy_of_a_checkpoint_and_behind_a_line_that_was_cut(tmp_path, run_train):
-    flags = "--steps 4 --save-every 2 --keep 2 --dropout 0".split()
+def test_gradcache_trains_like_the_whole_batch(tmp_path, run_train, capsys):
+    """Losses, negatives, gradient norms and temperature; accumulation alone has an easier ITC."""
+    flags = [STAGE1, "--batch 8 --steps 2 --lr 1e-3 --warmup 1 --negatives-ramp 2"]
     whole = run_train(tmp_path / "whole", *flags)
-    run_train(tmp_path / "cut", *flags)
-    shutil.rmtree(tmp_path / "cut/step-000004")
-    shutil.copytree(tmp_path / "cut/step-000002", tmp_path / "cut/step-000002.bak")
-    log = tmp_path / "cut/log.jsonl"
-    log.write_text(log.read_text()[:-20])
-    again = run_train(tmp_path / "cut", "--resume")
-    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
-    assert (tmp_path / "cut/step-000002.bak").exists()
-
-
-def test_what_cannot_be_resumed_or_means_two_things_gets_a_sentence(tmp_path, run_train):
-    run_train(tmp_path, "--steps", "1")
-    (tmp_path / "step-000001/train_state.pt").write_bytes(b"PK")
-    with pytest.raises(train.UserError, match="step-000001 cannot be read .*take that folder away"):
-        run_train(tmp_path, "--resume")
-    with pytest.raises(train.UserError, match="got --steps and --epochs, expected one of them"):
-        main([*FAST, "--steps", "1", "--epochs", "1", "--out", str(tmp_path / "other")])
-
-
-def test_a_run_says_which_losses_it_lacks_and_writes_no_captions_without_itg(tmp_path, run_train):
-    run_train(tmp_path, "--steps", "1", "--losses", "itc,itm")
-    model = Blip2.from_pretrained(tmp_path)
-    assert model.sources["lacks"] == ["itg"]
-    with pytest.raises(train.UserError, match="is not trained here, as in runs of other --losses"):
-        model.caption("assets/tiny/picture.png")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path, run_train):
-    with pytest.raises(train.UserError, match="the it. loss became (nan|inf) at step [0-9], .* lower --lr"):
-        run_train(tmp_path, "--steps", "5", "--lr", "1e30", "--warmup", "0", "--clip", "1e30")
-
-
-def test_cached_features_are_the_encoders_and_it_sees_each_photo_once(tmp_path, monkeypatch, run_train):
-    """The file is found again, by a run of the same encoder and photos; without augmentation nothing else is random."""
-    from test_data import write_photos
-
-    seen, vit = [], Blip2.image_tokens
-    monkeypatch.setattr(Blip2, "image_tokens", lambda model, images: (seen.append(len(images)), vit(model, images))[1])
-    path = write_photos(tmp_path, 20, (64, 64))
-    flags = f"--data {path} --image-size 64 --embed-dim 8 --steps 3 --warmup 1 --dropout 0 --val-photos 4".split()
-    first = run_train(tmp_path / "runs/a", *flags, "--cache-features")
-    assert sum(seen) == 20
-    again = run_train(tmp_path / "runs/b", *flags, "--cache-features")
-    assert sum(seen) == 20
-    assert [row["loss"] for row in first] == [row["loss"] for row in again]
-
-    model = Blip2.from_pretrained(tmp_path / "runs/a")
-    (file,) = (tmp_path / "runs/features").glob("*.npy")
-    photos = open_photos([str(path)], "train", 64)
-    photos.cached = CachedTokens(file, np.arange(len(photos)))
-    for part in photos.held_out(4):  # each photo gets its own tokens
-        own = [int(Path(part.name(row)).stem) for row in range(len(part))]
-        assert np.array_equal(part.tokens(list(range(len(part)))).numpy(), np.load(file)[own])
-    for photo, tokens in enumerate(torch.from_numpy(np.load(file))):
-        fresh = model.encode_image(tmp_path / f"{photo}.png").tokens[0]
-        torch.testing.assert_close(tokens, fresh.half(), rtol=2e-3, atol=2e-3)  # a last place of fp16 or two
-
-
-def test_micro_batches_that_itc_compares_train_like_the_whole_batch(tmp_path, run_train, capsys):
-    """--itc-batch, also where the run is stopped and resumed; without it ITC has an easier task."""
-    flags = "--steps 4 --dropout 0 --lr 1e-3 --warmup 1 --negatives-ramp 3 --save-every 2 --keep 2".split()
-    whole = run_train(tmp_path / "whole", *flags)
-    parts = run_train(tmp_path / "parts", *flags, "--micro-batch", "2", "--itc-batch", "8")
-    assert "compared with 8 texts at once: its own and 7 negatives\n" in capsys.readouterr().out
+    capsys.readouterr()
+    alone = run_train(tmp_path / "alone", *flags, "--micro-batch 2")
+    assert "ITC: 1 positive + 1 negatives per image; accumulation adds none" in capsys.readouterr().out
+    parts = run_train(tmp_path / "parts", *flags, "--micro-batch 2 --gradcache")
+    assert "ITC: 1 positive + 7 negatives per image\n" in capsys.readouterr().out
     for a, b in zip(whole, parts, strict=True):
         for key in ("itc", "itm", "itg", "norm", "temperature"):
             assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
-    alone = run_train(tmp_path / "alone", *flags, "--micro-batch", "2")
     assert all(a["itc"] < b["itc"] - 0.5 for a, b in zip(alone, whole, strict=True))
-    flags[3] = "0.1"  # with dropout, whose numbers the first pass has to leave to the second
-    parts = run_train(tmp_path / "drop", *flags, "--micro-batch", "2", "--itc-batch", "8")
-    shutil.rmtree(tmp_path / "drop/step-000004")
-    again = run_train(tmp_path / "drop", "--resume")
-    assert [row["loss"] for row in again[2:]] == [row["loss"] for row in parts[2:]]
 
 
-def test_a_group_that_itc_compares_draws_the_same_however_it_is_cut(tmp_path, run_train):
-    """Two groups a step; each has its negatives whether it is one micro-batch or two."""
-    flags = ["--steps", "2", "--dropout", "0", "--lr", "1e-3", "--warmup", "1", "--negatives-ramp", "0"]
-    one = run_train(tmp_path / "one", *flags, "--micro-batch", "4")
-    two = run_train(tmp_path / "two", *flags, "--micro-batch", "2", "--itc-batch", "4")
-    for a, b in zip(one, two, strict=True):
-        for key in ("itc", "itm", "itg"):
-            assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
-
-
-# --- one process and many
-
-
-def torchrun(processes, out, *flags):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    done = subprocess.run(
-        [*command, "train.py", *FAST, "--out", str(out), *flags], cwd=ROOT, env=env, capture_output=True, text=True
+def test_accumulated_micro_batches_of_stage_2_are_the_big_batch(tmp_path, run_train, stage1_run):
+    """Every token counts the same, whichever micro-batch it is in; and blocks that are recomputed change nothing."""
+    flags = [STAGE2, "--steps 3 --init", stage1_run]
+    whole, parts, again = (
+        [row["lm"] for row in run_train(tmp_path / (more or "whole"), *flags, more)]
+        for more in ("", "--micro-batch 2", "--grad-checkpointing")
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return rows(out)
+    assert parts == pytest.approx(whole, rel=1e-4)
+    assert again == pytest.approx(whole, rel=1e-5)
 
 
-def test_gradients_are_clipped_before_the_step(tmp_path, run_train):
-    """The log has the norm before clipping. AdamW's first step forgets the scale, so it is the moments that tell."""
-    (row,) = run_train(tmp_path / "run", "--steps", "1", "--clip", "0.01", "--save-every", "1")
-    state = torch.load(tmp_path / "run/train_state.pt", weights_only=True)["optimizer"]["state"]
-    first = torch.stack([moments["exp_avg"].norm() for moments in state.values()]).norm()
-    assert row["norm"] > 1 and first.item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # (1 - beta1) * the clipped norm
+def test_held_out_images_are_not_trained_on_and_negatives_are_drawn_anew(tmp_path, monkeypatch, run_train):
+    trained, validated, draws, stage1_losses = set(), set(), [], Blip2Model.stage1_losses
+
+    def spy(model, batch, generator, **rest):
+        trained.update(batch.image_ids.tolist())
+        draws.append(generator.initial_seed())
+        return stage1_losses(model, batch, generator=generator, **rest)
+
+    def spy_on_validation(model, images, *_, **__):
+        validated.update(images.image_id(row) for row in range(len(images)))
+        return retrieval_result(0.0)
+
+    monkeypatch.setattr(Blip2Model, "stage1_losses", spy)
+    monkeypatch.setattr(validation, "evaluate", spy_on_validation)
+    flags = "--image-size 64 --embed-dim 8 --val-photos 4 --steps 4 --eval-every 4 --micro-batch 2 --workers 0 --data"
+    run_train(tmp_path / "run", STAGE1, flags, Path(caption_file(tmp_path, 20)))
+    assert len(validated) == 4 and len(trained) == 16 and not trained & validated
+    assert len(set(draws)) == len(draws) == 8  # 4 steps of 2 micro-batches
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
-def test_a_cuda_card_computes_what_the_processor_does():
-    """Losses and gradients in fp32; in bf16 with the frozen ViT in fp16 (paper 3.4) the losses are close."""
-    reference, batch = small_model(), random_batch(6)
-    model = small_model().set_precision("fp32", "cuda")
-    losses = []
-    for m, b in ((reference, batch), (model, batch.to("cuda"))):
-        losses.append(m.stage1_losses(b, generator=torch.Generator().manual_seed(3)))
-        sum(losses[-1].values()).backward()
-    for name, loss in losses[0].items():
-        assert losses[1][name].item() == pytest.approx(loss.item(), rel=1e-4)
-    for (name, cpu), (_, cuda) in zip(reference.named_parameters(), model.named_parameters(), strict=True):
-        if cpu.grad is not None:
-            torch.testing.assert_close(cuda.grad.cpu(), cpu.grad, rtol=1e-3, atol=1e-5, msg=name)
-    half = small_model().set_precision("bf16", "cuda")
-    assert next(half.vit.parameters()).dtype == torch.float16
-    for name, loss in half.stage1_losses(batch.to("cuda"), generator=torch.Generator().manual_seed(3)).items():
-        assert loss.item() == pytest.approx(losses[0][name].item(), rel=0.1)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(tmp_path, run_train):
+    with pytest.raises(UserError, match="the it. loss became (nan|inf) at step [23], .* lower --lr"):
+        run_train(tmp_path, STAGE1, "--steps 3 --lr 1e30 --warmup 0 --clip 1e30")
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_attention_on_a_card_drops_as_many_as_it_says(precision):
-    """Ones, averaged with dropout, are 1 on average; if 0.1 were rounded to sixteenths, it would be 1.04 or 0.97."""
-    small_model().set_precision(precision, "cuda")
-    zeros = torch.zeros(64, 12, 64, 64, device="cuda", dtype=blip2.PRECISIONS[precision])
-    mean = attend(zeros, zeros, torch.ones_like(zeros), None, dropout=0.1).float().mean().item()
-    assert mean == pytest.approx(1, abs=0.01)
+# --- what is printed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card, and pytest -m cuda")
-@pytest.mark.parametrize("kind", ["stage 1", "stage 1, compared", "opt", "t5"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_the_host_never_waits_for_the_card_inside_a_step(kind, precision):
-    """So that it runs ahead of it: no .item(), no test of a device tensor. fp16 has its loss scaled."""
-    if (kind, precision) == ("t5", "fp16"):
-        pytest.skip("T5 does not run in fp16")
-    cfg = TrainConfig(clip=1.0, lr=1e-4, beta2=0.98, weight_decay=0.05, negatives_ramp=0)
-    if kind.startswith("stage 1"):
-        model, objectives = small_model(dropout=0.1), ("itc", "itm", "itg")
-        batches = [random_batch(4, seed, list(range(4 * seed, 4 * seed + 4))) for seed in range(2)]
-        cfg.itc_batch = 8 if "compared" in kind else 0
-    else:
-        model, objectives = stage2_model(kind, dropout=0.1), ("lm",)
-        layout, images = model.llm.layout, torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-        batches = [make_llm_batch([[2]] * 3, [[7] * n for n in (3, 5, 9)], 0, layout.pads, [1, 2, 3], images=images)]
-    model = model.set_precision(precision, "cuda").train()
-    batches = [batch.pin_memory().to("cuda") for batch in batches]
-    optimizer = build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    train.optimize(model, optimizer, scaler, batches, cfg, objectives, 1)  # makes what is made once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        losses, norm = train.optimize(model, optimizer, scaler, batches, cfg, objectives, 2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert losses.isfinite().all() and (norm.isfinite() or precision == "fp16")
-
-
-@pytest.mark.parametrize(
-    ("objectives", "cut"),
-    [("itc,itm,itg", []), ("itc,itm,itg", ["--micro-batch", "2", "--itc-batch", "8"]), ("itc", [])],
-    ids=["all", "compared", "itc"],
-)
-def test_two_processes_train_like_one(tmp_path, run_train, objectives, cut):
-    """With dropout off: the same pictures, captions and negatives, the same losses, the same weights."""
-    world, records = ShapesWorld("train"), []
-    for i in range(24):
-        world.picture(i).save(tmp_path / f"{i}.png")
-        records.append({"image": f"{i}.png", "caption": world.captions(i)})
-    (tmp_path / "a.json").write_text(json.dumps(records))
-    flags = f"--data {tmp_path / 'a.json'} --image-size 64 --embed-dim 16 --steps 4 --dropout 0 --warmup 1".split()
-    flags += ["--lr", "1e-3", "--losses", objectives]
-    one = run_train(tmp_path / "one", *flags)
-    two = torchrun(2, tmp_path / "two", *flags, *cut)
-    for a, b in zip(one, two, strict=True):
-        for key in (*objectives.split(","), "norm", "temperature"):
-            assert a[key] == pytest.approx(b[key], rel=2e-4), (a["step"], key)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    for name in weights[0]:  # in four steps of AdamW it moves by up to 4e-3; where its gradient is 0, by rounding alone
-        difference = (weights[0][name] - weights[1][name]).abs().mean().item()
-        assert difference < 5e-5, f"{name} differs by {difference:.1e}"
-
-
-# --- what is printed
-
-
-def test_parts_table_counts_what_is_trained():
-    text = parts_table(small_model())
-    assert "ViT (frozen)" in text and "temperature" in text
-    total = sum(p.numel() for p in small_model().parameters())
-    assert f"{total:,}" in text.splitlines()[-1]
-
-
-def test_memory_estimate_counts_weights_exactly_and_grows_with_the_batch():
+def test_the_summary_counts_what_is_trained():
     model = small_model()
-    one, two = (memory_estimate(model, n, ["itc", "itm", "itg"]) for n in (1, 2))
+    lines = model_summary(model).splitlines()
+    assert lines[1].startswith("ViT (frozen)") and lines[1].split()[-2:] == ["0", "float32"]
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
+    assert lines[-1].split()[:3] == ["all", f"{total:,}", f"{trained:,}"]
+    model.unfreeze_vit()
+    lines = model_summary(model).splitlines()
+    assert lines[1].startswith("ViT  ") and lines[-1].split()[:3] == ["all", f"{total:,}", f"{total:,}"]
+
+
+def test_the_memory_estimate_counts_weights_exactly_and_grows_with_the_batch():
+    model = small_model()
+    one, two = (memory_estimate(model, count, ("itc", "itm", "itg")) for count in (1, 2))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert one["weights"] == 4 * trained and one["gradients + AdamW"] == 12 * trained
     assert two["activations"] == 2 * one["activations"]
 
 
-def test_help_names_every_flag_with_its_comment(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert exit_.value.code == 0
-    assert "--cache-features" in text and "--no-cache-features" in text and "frozen image encoder" in text
-    assert "None" not in text
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+WHOLE = {"config.json", "model.safetensors", "tokenizer.json", "train_state.pt"}
+
+
+def test_checkpoints_are_whole_and_only_the_last_are_kept(tmp_path, run_train, stage1_run):
+    run_train(tmp_path, STAGE1, "--steps 3 --save-every 1 --keep 2")
+    assert {path.name for path in tmp_path.iterdir()} == WHOLE | {"log.jsonl", "step-000002", "step-000003"}
+    assert {path.name for path in (tmp_path / "step-000002").iterdir()} == WHOLE
+    for folder in (tmp_path, tmp_path / "step-000003"):
+        Blip2.from_pretrained(folder)
+    assert os.path.samefile(tmp_path / "model.safetensors", tmp_path / "step-000003/model.safetensors")
+    assert {path.name for path in stage1_run.iterdir()} == WHOLE | {"log.jsonl", "step-000004", "retrieval.json"}
+
+
+def test_a_checkpoint_that_could_not_be_finished_changes_nothing(tmp_path, monkeypatch, stage1_run):
+    run = copy_of(stage1_run, tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def disk_full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", disk_full)
+    with pytest.raises(OSError):
+        save_checkpoint(run, 6, Blip2.from_pretrained(run), {}, TrainConfig(), is_best=True)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert sorted(run.glob("step-*")) == [run / "step-000004"]
+
+
+def test_an_existing_run_is_not_overwritten_by_accident(tmp_path, run_train, stage1_run):
+    """Nor by a command that asks for it and is then refused for something else."""
+    run = copy_of(stage1_run, tmp_path)
+    with pytest.raises(UserError, match="holds a run: pass --resume to continue it, --out to start another, or --over"):
+        run_train(run, STAGE1)
+    for wrong in ("--steps 0", "--data nowhere.json", "--vit nowhere", "--precision int8", "--batch 99999"):
+        with pytest.raises(UserError):
+            run_train(run, STAGE1, "--overwrite", wrong)
+    assert (run / "model.safetensors").read_bytes() == (stage1_run / "model.safetensors").read_bytes()
+    assert len(run_train(run, STAGE1, "--overwrite --steps 2 --keep 2")) == 2
+    assert [path.name for path in run.glob("step-*")] == ["step-000002"]
+
+
+# --- stops -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, monkeypatch, run_train, capsys, name):
+    number, handler = getattr(signal, name), signal.getsignal(getattr(signal, name))
+    in_step(monkeypatch, 2, lambda: signal.raise_signal(number))
+    assert [row["step"] for row in run_train(tmp_path, STAGE1, "--steps 4")] == [1, 2]
+    assert f"stopped at step 2, saved; continue with: python train.py --resume --out {tmp_path}\n" in (
+        capsys.readouterr().out
+    )
+    assert signal.getsignal(number) == handler
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
+    assert [row["step"] for row in run_train(tmp_path, "--resume")] == [1, 2, 3, 4]
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once():
+    with pytest.raises(KeyboardInterrupt), GracefulStop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4])
+def test_a_validation_that_a_stop_has_prevented_is_made_up_for(stopped_at, tmp_path, monkeypatch, run_train):
+    """A stop in a step that is to be validated, the last one too: the run that continues has all validations of one
+    that was never stopped, and the same best model."""
+    rates = in_step(monkeypatch, stopped_at, lambda: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(validation, "evaluate", lambda *_, **__: retrieval_result(len(rates)))  # better each time
+    run_train(tmp_path, STAGE1, "--steps 4 --eval-every 2 --save-every 2")
+    assert len(rates) == stopped_at
+    run_train(tmp_path, "--resume")
+    assert [row["step"] for row in log_of(tmp_path) if "validation" in row] == [2, 4]
+    assert json.loads((tmp_path / "best/config.json").read_text())["step"] == 4
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Bit for bit: the numbers of every step, and all weights."""
+    logs = [[row for row in log_of(run) if "loss" in row] for run in (one, two)]
+    assert [row["step"] for row in logs[1]] == [1, 2, 3, 4]
+    for a, b in zip(*logs, strict=True):
+        for key in a.keys() - {"images_per_s", "waited", "gigabytes", "trained_s"}:
+            assert a[key] == b[key], (a["step"], key)
+    a, b = weights_of(one), weights_of(two)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_stage_1_resumes_bit_for_bit(tmp_path, run_train):
+    """With dropout and GradCache; after the checkpoint of the second step, beside a copy of it and with a line of the
+    log cut off."""
+    flags = "--steps 4 --save-every 2 --keep 2 --dropout 0.1 --micro-batch 2 --gradcache"
+    run_train(tmp_path / "straight", STAGE1, flags)
+    broken = Path(shutil.copytree(tmp_path / "straight", tmp_path / "broken"))
+    shutil.rmtree(broken / "step-000004")
+    shutil.copytree(broken / "step-000002", broken / "step-000002.bak")
+    log = broken / "log.jsonl"
+    log.write_text(log.read_text()[:-20])
+    run_train(broken, "--resume")
+    assert_same_run(tmp_path / "straight", broken)
+    assert (broken / "step-000002.bak").exists()
+
+
+def test_stage_2_resumes_bit_for_bit_without_the_run_it_started_from(
+    tmp_path, monkeypatch, run_train, stage1_run, stage2_run
+):
+    init = copy_of(stage1_run, tmp_path)
+    in_step(monkeypatch, 3, die)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(tmp_path, " ".join(FEW_STEPS), "--stage 2 --init", init)
+    shutil.rmtree(init)
+    run_train(tmp_path, "--resume")
+    assert_same_run(stage2_run, tmp_path)
+
+
+def test_vqa_resumes_bit_for_bit(tmp_path, monkeypatch, run_train, stage2_run, vqa_run):
+    """With the ViT trained, which the checkpoint holds."""
+    in_step(monkeypatch, 3, die)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(tmp_path, " ".join(FEW_STEPS), "--stage vqa --init", stage2_run)
+    run_train(tmp_path, "--resume")
+    assert_same_run(vqa_run, tmp_path)
+
+
+def test_a_run_is_not_resumed_over_another_encoder(tmp_path, run_train):
+    """Its files may have changed under the same name."""
+    vit = Path(shutil.copytree(ROOT / "assets/tiny/vit", tmp_path / "vit"))
+    run_train(tmp_path / "run", STAGE1, "--steps 1 --vit", vit)
+    tensors = load_file(vit / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, vit / "model.safetensors")
+    with pytest.raises(UserError, match="has other weights than the run was trained over: put the old ones back"):
+        run_train(tmp_path / "run", "--resume")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and pytest -m cuda")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_on_a_gpu_resumes_with_its_dropout_and_loss_scale(tmp_path, run_train, precision):
+    """Not bit for bit: the backward passes of some kernels are not deterministic there."""
+    flags = f"--steps 4 --save-every 2 --keep 2 --dropout 0.1 --device cuda --workers 0 --precision {precision}"
+    straight = run_train(tmp_path, STAGE1, flags)
+    states = [torch.load(tmp_path / f"step-00000{n}/train_state.pt", weights_only=True) for n in (2, 4)]
+    shutil.rmtree(tmp_path / "step-000004")
+    resumed = run_train(tmp_path, "--resume")
+    for key in ("itc", "itm", "itg"):
+        assert [row[key] for row in resumed] == pytest.approx([row[key] for row in straight], rel=0.02), key
+    again = torch.load(tmp_path / "step-000004/train_state.pt", weights_only=True)
+    assert "cuda" in again["rng"][0] and torch.equal(again["rng"][0]["cuda"], states[1]["rng"][0]["cuda"])
+    assert again["scaler"] == states[1]["scaler"] and bool(again["scaler"]) == (precision == "fp16")
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_model_in_validation_is_kept_and_evaluated_at_the_end(tmp_path, monkeypatch, few_images):
+    scores, final = iter([10.0, 30.0, 20.0]), {}
+
+    def evaluate(model, *_, quick=False):
+        final.update(model.state_dict())
+        return retrieval_result(next(scores) if quick else 0.0)
+
+    monkeypatch.setattr(validation, "evaluate", evaluate)
+    flags = "--steps 3 --eval-every 1 --save-every 1 --keep 3"
+    train.main([*STAGE1.split(), *flags.split(), "--out", str(tmp_path)])
+    best = (tmp_path / "best/model.safetensors").read_bytes()
+    assert best == (tmp_path / "step-000002/model.safetensors").read_bytes()
+    assert best != (tmp_path / "model.safetensors").read_bytes()
+    kept = weights_of(tmp_path / "best")
+    assert all(torch.equal(final[name], kept[name]) for name in kept)
+    assert [row["mean_recall"] for row in log_of(tmp_path) if "validation" in row] == [10.0, 30.0, 20.0]
+
+
+def test_what_happens_to_a_validation_costs_nothing(tmp_path, monkeypatch, run_train):
+    """The checkpoint of its step is there before it."""
+
+    def fails(*_, **__):
+        raise UserError("evaluation needs every image")
+
+    monkeypatch.setattr(validation, "evaluate", fails)
+    with pytest.raises(UserError, match="evaluation needs every image"):
+        run_train(tmp_path, STAGE1, "--steps 4 --eval-every 2 --save-every 2")
+    assert (tmp_path / "step-000002/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("objectives", ["itc", "itc,itm"])
+def test_a_run_without_itg_is_validated_without_captions(tmp_path, capsys, few_images, objectives):
+    """And finishes with its evaluation, which re-ranks only if ITM is trained."""
+    flags = [*STAGE1.split(), "--steps", "2", "--eval-every", "1", "--losses", objectives]
+    result = train.main([*flags, "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.count("validation, itc: image-to-text R@1 ") == 2 and 'reference: "' not in said
+    assert ("reranked" in result) == ("itm" in objectives)
+    assert json.loads((tmp_path / "retrieval.json").read_text())["itc"] == result["itc"]
+
+
+def test_a_validation_shows_two_captions_with_their_references(tmp_path, run_train, capsys, few_images):
+    run_train(tmp_path, STAGE1, "--steps 1 --eval-every 1")
+    said = capsys.readouterr().out
+    for index in (0, 10):
+        assert f'  shapes val {index}: "' in said and f'reference: "{ShapesWorld("val").captions(index)[0]}"' in said
+
+
+def test_a_validation_asks_the_questions_of_a_file(tmp_path, capsys):
+    """And shows two of them; the best of the run is what answers best."""
+    data = question_file(tmp_path, 8)
+    flags = "--stage vqa --init assets/tiny/blip2 --steps 1 --batch 4 --eval-every 1 --image-size 64 --workers 0"
+    train.main([*flags.split(), "--data", data, "--val-data", data, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    asked = json.loads(Path(data).read_text())
+    assert f'0.png: {asked[0]["question"]} "' in said and f'; reference: "{asked[0]["answer"][0]}"' in said
+    assert "accuracy" in said and "the best so far" in said and (tmp_path / "run/best/model.safetensors").exists()
+    result = json.loads((tmp_path / "run/answers.json").read_text())
+    assert result["metric"] == "vqa" and result["questions"] == len(asked) and "seconds" not in result
+    assert result["data"]["files"] == [data]
+
+
+@pytest.mark.parametrize("stage", ["2", "caption"])
+def test_shapes_beside_a_file_are_validated_by_their_captions(tmp_path, few_images, stage):
+    """Whichever comes first: only where all images are of the shapes world is the truth about each known."""
+    data = caption_file(tmp_path, 4)
+    for specs in (["shapes", data], [data, "shapes"]):
+        images = open_images(specs, "val", 8).held_out(8)[1]
+        assert validation.evaluate(stage2_model("opt"), images, stage, ("lm",), 0, quick=True)["task"] == "captions"
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (retrieval_result(30.0) | {"itc": retrieval_result(90.0)["itc"]}, ("mean recall", 30.0)),
+        ({"task": "captions", "CIDEr": 81.0, "BLEU-4": 30.0}, ("CIDEr", 81.0)),
+        ({"task": "vqa", "accuracy": 62.0}, ("accuracy", 62.0)),
+        ({"task": "answers", "accuracy": {"the image": {"all": 93.0}}, "correct captions": 5.0}, ("accuracy", 93.0)),
+        ({"task": "shapes captions", "correct captions": 71.0}, ("correct captions", 71.0)),
+    ],
+)
+def test_a_model_is_best_by_one_number_of_its_task(result, expected):
+    """Retrieval: the mean of the six recalls, re-ranked."""
+    assert validation.headline(result) == expected
+
+
+# --- the feature cache -----------------------------------------------------------------------------------------------
+
+
+def test_cached_features_are_the_encoders_and_it_sees_each_image_once(tmp_path, monkeypatch, run_train):
+    """In validation too. The file is found again by a run of the same encoder and images; without augmentation nothing
+    else is random."""
+    seen, vit = [], Blip2.image_tokens
+    monkeypatch.setattr(Blip2, "image_tokens", lambda model, images: (seen.append(len(images)), vit(model, images))[1])
+    data = Path(caption_file(tmp_path, 20))
+    flags = "--image-size 64 --embed-dim 8 --steps 3 --warmup 1 --dropout 0 --val-photos 4 --eval-every 3 --workers 0"
+    first = run_train(tmp_path / "runs/a", STAGE1, flags, "--cache-features --data", data)
+    assert sum(seen) == 20
+    again = run_train(tmp_path / "runs/b", STAGE1, flags, "--cache-features --data", data)
+    assert sum(seen) == 20
+    assert [row["loss"] for row in first] == [row["loss"] for row in again]
+
+    model = Blip2.from_pretrained(tmp_path / "runs/a")
+    (file,) = (tmp_path / "runs/features").glob("*.npy")
+    images = open_images([str(data)], "train", 64)
+    images.cached = CachedTokens(file, np.arange(len(images)))
+    for part in images.held_out(4):  # each image gets its own tokens
+        own = [int(Path(part[row].name).stem) for row in range(len(part))]
+        assert np.array_equal(part.cached.tokens(part.chosen).numpy(), np.load(file)[own])
+    for image, tokens in enumerate(torch.from_numpy(np.load(file))):
+        fresh = model.encode_image(tmp_path / f"{image}.png").tokens[0]
+        torch.testing.assert_close(tokens, fresh.half(), rtol=2e-3, atol=2e-3)  # a last place of fp16 or two

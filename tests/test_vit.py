@@ -1,4 +1,5 @@
-"""Paper 3.4: the frozen encoders, their second-last block, any image size; equality with transformers."""
+"""Paper 3.4: the image encoder is a ViT without its last block, for images of any size; it computes what transformers
+computes."""
 
 import json
 
@@ -8,7 +9,8 @@ from conftest import roughen
 from safetensors.torch import save_file
 
 from vit import PRESETS, ViT, ViTConfig
-from weights import load_vit, open_tensors, weight_files
+from weights.load import no_init, open_tensors, weight_files
+from weights.open import load_vit
 
 SMALL = dict(
     hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24, patch_size=4, image_size=16
@@ -16,14 +18,17 @@ SMALL = dict(
 
 
 @pytest.mark.parametrize("name, expected", [("eva-g", 985_894_528), ("clip-l", 290_581_504)])
-def test_paper_encoders_have_the_originals_parameters(name, expected):
-    with torch.device("meta"):
+def test_the_encoders_of_the_paper_have_the_parameters_of_lavis(name, expected):
+    with torch.device("meta"), no_init():
         vit = ViT(PRESETS[name])
     assert sum(p.numel() for p in vit.parameters()) == expected
 
 
-def random_peer(kind: str, folder):
-    """transformers' model of a kind, random, saved as a hub serves it; and ours, all blocks, loaded from there."""
+# --- the same function as transformers' encoders ---------------------------------------------------------------------
+
+
+def random_peer(kind: str, folder) -> tuple[torch.nn.Module, ViT]:
+    """A random encoder of transformers, saved as a hub serves it, and ours, opened from there."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     if kind == "dinov2":
@@ -37,52 +42,57 @@ def random_peer(kind: str, folder):
         for name, parameter in peer.named_parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
             if kind == "blip2" and name.endswith("qkv.bias"):
-                parameter[16:32] = 0  # as EVA-CLIP has no key bias
+                parameter[16:32] = 0  # EVA-CLIP has no key bias
     peer.eval().save_pretrained(folder)
-    return peer, load_vit(str(folder), last_block=kind != "blip2")[0]  # BLIP-2's is published without it
+    return peer, load_vit(str(folder))[0]
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "clip", "blip2"])
-@pytest.mark.parametrize("size", [(16, 16), (24, 12), (8, 8)])
-def test_equals_transformers(kind, size, tmp_path):
-    """Every block's tokens; at other image sizes too where transformers resizes positions as the original does."""
-    if kind == "clip" and size != (16, 16):
-        pytest.skip("transformers resizes CLIP's positions with align_corners=False, the original with True")
+@pytest.mark.parametrize("kind, size", [
+    ("dinov2", (16, 16)), ("dinov2", (24, 12)), ("dinov2", (8, 8)),
+    ("blip2", (16, 16)), ("blip2", (24, 12)), ("blip2", (8, 8)),
+    ("clip", (16, 16)),  # transformers resizes CLIP's positions with align_corners=False, LAVIS with True
+])  # fmt: skip
+def test_the_output_is_that_of_the_second_last_block_of_transformers(kind, size, tmp_path):
+    """Paper 3.4: "we remove the last layer of the ViT", and with it the final norm. BLIP-2's files are published
+    without that layer."""
     peer, vit = random_peer(kind, tmp_path)
-    images = torch.randn(2, 3, *size)
+    images, blocks = torch.randn(2, 3, *size), 3 if kind == "blip2" else 2
     more = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = peer(images, output_hidden_states=True, **more).hidden_states
-        torch.testing.assert_close(vit(images), expected[-1], rtol=0, atol=1e-5)
-        if kind != "blip2":  # by default one block less, and no final norm (paper 3.4); BLIP-2's files lack it already
-            torch.testing.assert_close(load_vit(str(tmp_path))[0](images), expected[-2], rtol=0, atol=1e-5)
+        assert (len(vit.blocks), len(expected)) == (blocks, 4)  # the input of the first block is the first state
+        torch.testing.assert_close(vit(images), expected[blocks], rtol=0, atol=1e-5)
 
 
-def test_a_whole_blip2_folder_gives_its_encoder(tmp_path):
-    """As the public ones are: the parts beside each other in one file, the encoder's sizes inside of the config."""
+def test_a_whole_blip2_folder_opens_as_its_encoder(tmp_path):
+    """The public folders hold all parts in one file, and the encoder's sizes inside the config of the whole model."""
     _, vit = random_peer("blip2", tmp_path)
     tensors = {f"vision_model.{key}": tensor for key, tensor in open_tensors(weight_files(tmp_path)).items()}
     others = ("query_tokens", "qformer.layernorm.bias", "language_projection.bias", "language_model.layers.2.bias")
     save_file({**tensors, **{key: torch.ones(2) for key in others}}, tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip-2", "vision_config": config}))
-    whole, account, _ = load_vit(str(tmp_path))
+    whole, report, _ = load_vit(str(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(vit.parameters(), whole.parameters(), strict=True))
-    assert "4 ignored (the other parts of that model)" in account
+    assert "4 ignored (the other parts of that model)" in report
 
 
-def test_layer_scale_is_folded_away(tmp_path):
-    """DINOv2's factors after each branch are in the Linears: the same function, as the test above shows."""
+def test_layer_scale_is_folded_into_the_linear_before_it(tmp_path):
+    """DINOv2 scales the output of each branch; with the scale in the weights it is the same function, as the
+    comparison with transformers shows."""
     peer, vit = random_peer("dinov2", tmp_path)
     theirs = peer.encoder.layer[1]
     expected = theirs.mlp.fc2.weight * theirs.layer_scale2.lambda1[:, None]
     torch.testing.assert_close(vit.blocks[1].fc2.weight, expected)
 
 
+# --- images of any size ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("grid", [(4, 4), (6, 6), (8, 5), (2, 3), (1, 1)])
 def test_positions_fit_any_grid(align_corners, grid):
-    """A table that grows linearly along rows and columns does so on any grid, within the bicubic's error at the rim."""
+    """A table that grows linearly along rows and columns does so on any grid; [CLS] has no place and is kept."""
     vit = ViT(ViTConfig(2, depth=0, heads=1, mlp=2, patch_size=4, image_size=32, align_corners=align_corners))
     y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
     with torch.no_grad():
@@ -101,32 +111,51 @@ def test_positions_fit_any_grid(align_corners, grid):
             torch.testing.assert_close(rows[[0, -1], 0, 0], torch.tensor([-1.0, 1.0]))
 
 
-def test_image_normalisation_by_hand():
-    vit = ViT(ViTConfig(8, 1, 2, 8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3)))
+def small_vit(**sizes) -> ViT:
+    """A ViT of two blocks over 2 x 2 patches."""
+    return roughen(ViT(ViTConfig(8, 2, 2, 8, patch_size=4, image_size=8, **sizes)))
+
+
+def test_a_resized_position_table_gives_the_same_output_at_its_size_and_is_a_parameter():
+    """Fine-tuning at another resolution trains the table of that resolution."""
+    vit, images = small_vit(), torch.randn(2, 3, 12, 12)
+    expected = vit(images)
+    vit.resize_positions(12)
+    assert vit.pos_embed.shape == (1, 1 + 3 * 3, 8) and vit.cfg.image_size == 12
+    torch.testing.assert_close(vit(images), expected, rtol=0, atol=0)
+    vit(images).square().sum().backward()
+    assert vit.pos_embed.grad.abs().amax(dim=2).gt(0).all()
+    vit.requires_grad_(False).resize_positions(8)
+    assert not vit.pos_embed.requires_grad
+
+
+def test_an_image_size_that_does_not_fit_is_refused_with_one_that_fits():
+    vit = ViT(ViTConfig(8, 1, 2, 8, patch_size=14, image_size=28))
+    with pytest.raises(ValueError, match="225 x 30 .* multiples of the patch size 14: resize to 224 x 28"):
+        vit(torch.zeros(1, 3, 225, 30))
+
+
+# --- pixels and memory -----------------------------------------------------------------------------------------------
+
+
+def test_images_are_normalized_by_the_mean_and_deviation_of_the_encoder():
+    """By hand; the caller's tensor is unchanged, and uint8 images are normalized by the encoder itself."""
+    vit = small_vit(mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
     pixels = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = [(0 - 0.1) / 0.5, (128 / 255 - 0.2) / 0.4, (1 - 0.3) / 0.3]
     torch.testing.assert_close(vit.normalize(pixels).flatten(), torch.tensor(expected))
-    assert pixels.flatten().tolist() == [0, 128, 255]  # the caller's tensor is left alone
-
-
-def test_uint8_and_normalised_images_give_the_same():
-    vit = roughen(ViT(ViTConfig(8, 2, 2, 8, patch_size=4, image_size=8)))
+    assert pixels.flatten().tolist() == [0, 128, 255]
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(vit(pixels), vit(vit.normalize(pixels)))
 
 
-def test_gradient_checkpointing_changes_nothing():
-    vit = roughen(ViT(ViTConfig(8, 2, 2, 8, patch_size=4, image_size=8)))
-    images, grads = torch.randn(2, 3, 8, 8), []
+def test_gradient_checkpointing_runs_each_block_twice_and_changes_no_gradient():
+    vit, images, grads, runs = small_vit(), torch.randn(2, 3, 8, 8), [], []
+    vit.blocks[0].register_forward_pre_hook(lambda *_: runs.append(vit.grad_checkpointing))
     for vit.grad_checkpointing in (False, True):
         vit.zero_grad()
         vit(images).square().sum().backward()
         grads.append([p.grad.clone() for p in vit.parameters()])
+    assert runs == [False, True, True]
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, recomputed)
-
-
-def test_odd_image_size_is_refused_with_a_size_that_fits():
-    vit = ViT(ViTConfig(8, 1, 2, 8, patch_size=14, image_size=28))
-    with pytest.raises(ValueError, match="225 x 30 .* multiples of the patch size 14: resize to 224 x 28"):
-        vit(torch.zeros(1, 3, 225, 30))

@@ -1,0 +1,1 @@
+"""How does it run on this machine, on many, and again tomorrow?"""

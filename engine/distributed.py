@@ -1,0 +1,129 @@
+"""Ranks and collectives; every function works without a process group as it does with one process.
+
+Letters: B rows of this rank, N rows of all ranks.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def start_processes() -> None:
+    """Join the process group if torchrun started several processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # NCCL for tensors on GPUs, gloo for the few numbers that stay on the host.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def rank() -> int:
+    """The rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*lines: str) -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenation over the ranks; a row's gradient is summed over the ranks that used it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = all_sum(grad.contiguous())  # a copy: autograd may share `grad` with other consumers
+        return grad.chunk(world_size())[rank()]
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """(B, ...) of each rank -> (N, ...) in rank order, with gradient; x itself without a process group.
+
+    LAVIS detaches the gathered rows, its own included, and so loses half of the contrastive gradient.
+    """
+    return x if world_size() == 1 else _AllGather.apply(x)
+
+
+def all_gather_padded(*tensors: Tensor) -> list[Tensor]:
+    """`all_gather` of tensors (B, T) whose T differs between ranks: zero-padded to the longest T."""
+    if world_size() > 1:
+        longest = torch.tensor(tensors[0].shape[1])  # on the CPU, so that the host does not wait for the device
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        tensors = tuple(F.pad(x, (0, int(longest) - x.shape[1])) for x in tensors)
+    return [all_gather(x) for x in tensors]
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum of x over the ranks, without gradient; x itself without a process group."""
+    if world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(thing) -> list:
+    """A small Python object of each rank -> the list of all, in rank order."""
+    things = [thing] * world_size()
+    if len(things) > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+class _FetchRows(torch.autograd.Function):
+    """Send rows to the ranks that want them; in the backward pass their gradients travel back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, send_rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.save_for_backward(send_rows)
+        ctx.shape, ctx.sent, ctx.received = x.shape, sent, received
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x[send_rows], received, sent)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (send_rows,) = ctx.saved_tensors
+        returned = grad.new_empty(sum(ctx.sent), *ctx.shape[1:])
+        dist.all_to_all_single(returned, grad.contiguous(), ctx.sent, ctx.received)
+        return grad.new_zeros(ctx.shape).index_add_(0, send_rows, returned), None, None, None
+
+
+def fetch_rows(x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Fetch the wanted rows that other ranks hold, each once; gradients travel back.
+
+    x: (B, ...) of this rank; wanted: (m,) row numbers of the gathered x. Returns `fetched` (n, ...) and `index` (m,)
+    such that torch.cat((x, fetched))[index] is all_gather(x)[wanted]. Only the n rows travel. With several ranks the
+    host waits once for the device, because it has to know the message sizes.
+    """
+    if world_size() == 1:
+        return x[:0], wanted
+    B = len(x)
+    foreign = []  # for each rank, the rows that it receives, in ascending order
+    for receiver, rows in enumerate(all_gather(wanted).view(world_size(), -1).cpu()):
+        rows = rows.unique()
+        foreign.append(rows[rows // B != receiver])
+    sent_rows = [rows[rows // B == rank()] - rank() * B for rows in foreign]
+    received = torch.bincount(foreign[rank()] // B, minlength=world_size()).tolist()
+    position = torch.searchsorted(foreign[rank()].to(x.device, non_blocking=True), wanted)
+    send_rows = torch.cat(sent_rows).to(x.device, non_blocking=True)
+    fetched = _FetchRows.apply(x, send_rows, [len(rows) for rows in sent_rows], received)
+    return fetched, torch.where(wanted // B == rank(), wanted - rank() * B, B + position)

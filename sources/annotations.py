@@ -1,0 +1,278 @@
+"""Sources of samples: annotation files, the shapes world, and mixtures of them.
+
+A source is a sequence of samples. A sample is one image with its texts and has
+
+    name, key                   its path, for messages; what makes it this image: equal keys are one image
+    captions                    list of strings
+    record                      as in the annotation file
+    open()                      the upright RGB image
+    augment(size, rng)          uint8 (3, size, size), as a training step sees it
+    texts()                     what can be learned of it: ("", caption) or (question, answer) pairs
+    sample_text(rng)            one of these
+"""
+
+import hashlib
+import json
+from array import array
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from engine.errors import UserError, expect
+from sources import shapes
+from sources.images import decode_crop, eval_transform, image_header, open_image, train_transform
+from sources.layouts import stream_records
+from sources.text import is_text, says_left_or_right
+
+Target = tuple[str, str]  # ("", caption) or (question, answer)
+
+
+class Sample:
+    """What the samples of all sources have in common."""
+
+    def sample_text(self, rng: np.random.Generator) -> Target:
+        """Paper 3.4: "randomly sample one at each pre-training step"."""
+        texts = self.texts()
+        return texts[rng.integers(len(texts))]
+
+
+# --- annotation files ------------------------------------------------------------------------------------------------
+
+
+class AnnotatedImage(Sample):
+    """A sample of an annotation file."""
+
+    def __init__(self, record: dict, folders: list[Path]):
+        self.record, self.folders, self.captions = record, folders, record.get("caption", [])
+
+    @cached_property
+    def name(self) -> str:
+        """Path of the image: in the first folder that has it, else in the last."""
+        paths = [folder / self.record["image"] for folder in self.folders]
+        return str(next((path for path in paths[:-1] if path.exists()), paths[-1]))
+
+    @property
+    def key(self) -> str:
+        """Its image_id, else its file name."""
+        image_id = self.record.get("image_id")
+        return str(self.record["image"] if image_id is None else image_id)
+
+    def open(self) -> Image.Image:
+        """The upright RGB image."""
+        return open_image(self.name)
+
+    def augment(self, size: int, rng: np.random.Generator) -> Tensor:
+        """A random crop, mirrored half of the time unless a text says left or right."""
+        texts = [self.record.get("question", ""), *self.record.get("answer", []), *self.captions]
+        with image_header(self.name) as image:
+            crop = decode_crop(image, size, rng)
+        return train_transform(*crop, size, rng, not says_left_or_right(texts))
+
+    def texts(self) -> list[Target]:
+        """The captions; or the question with each of its answers, which people may have given several times."""
+        if "question" in self.record:
+            return [(self.record["question"], answer) for answer in self.record["answer"]]
+        return [("", caption) for caption in self.captions]
+
+
+class AnnotationFile:
+    """An annotation file of captions, or with `questions` of questions, and the folders of its images.
+
+    The layout of the file is any of layouts.py. Images are looked for in the folders `images`, in turn, by default in
+    the file's own. All records are checked at once, then kept as one block of bytes, which the loader's workers share
+    instead of copying.
+    """
+
+    group_size = 1  # consecutive images that stay in one batch
+
+    def __init__(self, path: str | Path, split="train", images: list | None = None, questions=False, need_texts=True):
+        """need_texts: refuse images without a caption. (Questions of a test set have no answers.)"""
+        self.path, self.folders, self.asks = Path(path), [Path(f) for f in images or [Path(path).parent]], questions
+        self.need_texts = need_texts and not questions
+        self.num_texts, self.unanswered = 0, 0  # captions or questions; questions without an answer
+        check_spec(self.path)
+        content, offsets = bytearray(), array("q", [0])
+        for record in self.checked(stream_records(self.path, split)):
+            content += json.dumps(record).encode()
+            offsets.append(len(content))
+        self.bytes, self.offsets = np.frombuffer(content, np.uint8), np.frombuffer(offsets, np.int64)
+
+    def checked(self, records):
+        """Yield every record with its captions or answers as a list; UserError with the first bad ones."""
+        text, needed = ("answer", "question") if self.asks else ("caption", "caption")
+        keys = {"image", needed} if self.asks or self.need_texts else {"image"}
+        problems = []
+        for number, record in enumerate(records):
+            if not (isinstance(record, dict) and keys <= record.keys() and isinstance(record["image"], str)):
+                got = sorted(record) if isinstance(record, dict) else type(record).__name__
+                problems.append(f'record {number} has {got}, expected "image" and "{needed}"')
+                continue
+            texts = record.get(text, [])
+            texts = texts if isinstance(texts, list) else [texts]
+            empty = [text] if not all(map(is_text, texts)) or (self.need_texts and not texts) else []
+            empty += ["question"] if self.asks and not is_text(record["question"]) else []
+            if empty:
+                problems.append(f"record {number} ({record['image']}) has an empty {empty[0]}: write one, or remove it")
+                continue
+            self.num_texts += 1 if self.asks else len(texts)
+            self.unanswered += self.asks and not texts
+            yield {key: value for key, value in record.items() if self.asks or key != "question"} | {text: texts}
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise UserError(f"{self.path}: {'; '.join(problems[:3])}{more}")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> AnnotatedImage:
+        content = self.bytes[self.offsets[index] : self.offsets[index + 1]].tobytes()
+        return AnnotatedImage(json.loads(content), self.folders)
+
+    def content_sha256(self) -> str:
+        """Hash of all records: identifies the split of the data set."""
+        return hashlib.sha256(self.bytes.tobytes()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Changes when any image or their order does."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            path = Path(self[index].name)
+            stat = path.stat() if path.exists() else None
+            digest.update(f"{path.name} {stat and stat.st_size} {stat and stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def check_spec(spec: str | Path, flag: str = "data") -> None:
+    """Refuse a --data that is neither the shapes world nor a file."""
+    is_source = spec == "shapes" or Path(spec).is_file()
+    got = "is a folder" if Path(spec).is_dir() else "does not exist"
+    expect(is_source, f"--{flag} {spec} {got}: expected a .json or .jsonl file, or the word shapes")
+
+
+# --- the shapes world ------------------------------------------------------------------------------------------------
+
+
+class ShapesImage(Sample):
+    """A sample of the shapes world."""
+
+    record: dict = {}
+
+    def __init__(self, source: "ShapesSource", index: int):
+        self.source, self.index = source, index
+        self.name, self.key = f"shapes {source.split} {index}", str(index)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """In training all wordings, elsewhere one."""
+        return self.source.captions(self.index)
+
+    def open(self) -> Image.Image:
+        """The image."""
+        return self.source.image(self.index)
+
+    def augment(self, size: int, rng: np.random.Generator) -> Tensor:
+        """The whole image: its captions name all objects and places, so a crop would make them false."""
+        return eval_transform(self.open(), size)
+
+    def texts(self) -> list[Target]:
+        """The captions, or the questions, each with its answer."""
+        if self.source.asks:
+            return [(question, answer) for _, question, answer in self.source.questions(self.index)]
+        return [("", caption) for caption in self.captions]
+
+
+class ShapesSource(shapes.ShapesWorld):
+    """The shapes world as a source, of captions or of questions."""
+
+    unanswered = 0
+
+    def __init__(self, split: str = "train", size: int = 64, questions: bool = False):
+        super().__init__(split, size)
+        self.asks, self.num_texts = questions, len(self)  # an epoch shows each image once
+        if questions:
+            self.group_size = 1  # no contrast between images, so twins need not be together
+
+    def __getitem__(self, index: int) -> ShapesImage:
+        return ShapesImage(self, index)
+
+    def fingerprint(self) -> str:
+        """Hash: changes with the code of the shapes world, the split and the size."""
+        return hashlib.sha256(Path(shapes.__file__).read_bytes() + f" {self.split} {self.size}".encode()).hexdigest()
+
+    content_sha256 = fingerprint
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+class Mixture:
+    """Several sources in a row, or chosen samples of them."""
+
+    cached = None  # `tasks.features.CachedTokens` of all samples, if computed
+
+    def __init__(self, parts: list, chosen: np.ndarray | None = None):
+        self.parts = parts
+        self.starts = np.cumsum([0] + [len(part) for part in parts])
+        self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
+        self.group_size = parts[0].group_size if len(parts) == 1 and chosen is None else 1
+        self.asks = parts[0].asks  # questions, or captions?
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(number of the part, index in that part)."""
+        row = self.chosen[index]
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return part, int(row - self.starts[part])
+
+    def __getitem__(self, index: int):
+        part, row = self.locate(index)
+        return self.parts[part][row]
+
+    def image_id(self, index: int) -> int:
+        """A stable int64 of the image: the number of its part and a hash of its key there."""
+        part, row = self.locate(index)
+        digest = hashlib.sha256(self.parts[part][row].key.encode()).digest()
+        return part << 48 | int.from_bytes(digest[:6], "big")
+
+    def num_texts(self) -> int:
+        """Captions, or questions: what an epoch shows."""
+        return round(sum(part.num_texts for part in self.parts) * len(self) / self.starts[-1])
+
+    def content_sha256(self) -> str:
+        """Changes when any text does."""
+        return hashlib.sha256(" ".join(part.content_sha256() for part in self.parts).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Changes when any image, or their order, does."""
+        parts = " ".join(part.fingerprint() for part in self.parts)
+        return hashlib.sha256(parts.encode() + self.chosen.tobytes()).hexdigest()
+
+    def held_out(self, count: int) -> tuple["Mixture", "Mixture"]:
+        """(the rest, `count` images): always the same choice, and no image on both sides."""
+        ids = np.array([self.image_id(index) for index in range(len(self))])
+        unique = np.unique(ids)
+        total = len(unique)
+        expect(count < total, f"--val-photos {count} of {total} images leaves none to train on: pass a smaller number")
+        out = np.isin(ids, np.random.default_rng(0).choice(unique, count, replace=False))
+        parts = Mixture(self.parts, self.chosen[~out]), Mixture(self.parts, self.chosen[out])
+        for part in parts:
+            part.cached = self.cached
+        return parts
+
+
+def open_images(
+    specs: list[str], split: str, image_size: int, images: list | None = None, questions=False, need_texts=True
+) -> Mixture:
+    """What `--data` names: "shapes" or annotation files, mixed if several; with captions or with questions."""
+    parts = [
+        ShapesSource(split, image_size, questions)
+        if spec == "shapes"
+        else AnnotationFile(spec, split, images, questions, need_texts)
+        for spec in specs
+    ]
+    return Mixture(parts)

@@ -1,0 +1,113 @@
+"""Features of many images: the frozen ViT's tokens cached for training, or features written into a file."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blip2 import Blip2, chunked
+from data import ImageFiles, image_loader
+from engine.distributed import barrier, gather_objects, print0, rank
+from engine.errors import expect, read_json
+from engine.log import clock
+from sources.annotations import Mixture
+from tasks.batches import IMAGES, encoded_batches, gather_shards, shard
+
+
+class CachedTokens:
+    """A memory-mapped fp16 file of the frozen ViT's tokens, one slot per image, and which images are unreadable.
+
+    slots: the slot of each row of the sources; several questions about an image share it.
+    """
+
+    def __init__(self, path: Path, slots: np.ndarray):
+        self.file, self.slots = np.load(path, mmap_mode="r"), slots  # (images, P, V), (rows,)
+        self.broken = {int(slot): reason for slot, reason in read_json(path.with_suffix(".json")).items()}
+
+    def tokens(self, rows: np.ndarray) -> Tensor:
+        """ViT tokens (n, P, V) of rows of the sources. Raises UserError for an unreadable image."""
+        slots = self.slots[rows].tolist()
+        for slot in slots:
+            expect(slot not in self.broken, self.broken.get(slot))
+        return torch.from_numpy(self.file[slots])
+
+
+def cache_tokens(model: Blip2, images: Mixture, folder: Path, workers: int) -> CachedTokens:
+    """The frozen ViT's tokens of all images of the sources, eval transform, fp16: from the file, or computed once.
+
+    The file's name is a hash of the ViT, the transform and the images. Each rank computes its share; the file appears
+    under its name when it is whole.
+    """
+    whole = Mixture(images.parts)
+    vit = model.sources["vit"].sha256 or float(model.vit.patch_embed.weight.float().sum())  # of random weights
+    slot_of: dict[int, int] = {}  # image_id -> slot
+    slots = np.array([slot_of.setdefault(whole.image_id(row), len(slot_of)) for row in range(len(whole))])
+    first = np.unique(slots, return_index=True)[1]  # first row of each image
+    key = ((vit, repr(model.vit.cfg), str(model.vit.dtype)), model.image_size, whole.fingerprint(), len(first))
+    path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npy"
+    exists, writer = gather_objects((path.exists(), os.getpid()))[0]  # another run may be writing the same file
+    if not exists:
+        partial = folder / f".{path.stem}.{writer}.partial.npy"
+        compute_tokens(model, whole, first, slots, path, partial, workers)
+    return CachedTokens(path, slots)
+
+
+def compute_tokens(
+    model: Blip2, images: Mixture, first: np.ndarray, slots: np.ndarray, path: Path, partial: Path, workers: int
+) -> None:
+    """Write the tokens of the rows `first` into `partial`, then rename it to `path`."""
+    shape = (len(first), 1 + (model.image_size // model.vit.cfg.patch_size) ** 2, model.vit.cfg.width)
+    print0(f"caching the ViT's tokens of {len(first):,} images in {path}, {2 * math.prod(shape) / 1e9:.1f} GB")
+    started = time.time()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
+    barrier()
+    tokens, broken = np.lib.format.open_memmap(partial, "r+"), {}
+    mine = first[shard(len(first))].tolist()
+    for done, unreadable, pixels in image_loader(images, model.image_size, list(chunked(mine, IMAGES)), workers):
+        broken |= {int(slots[row]): reason for row, reason in unreadable.items()}
+        if done:
+            tokens[slots[done]] = model.image_tokens(pixels.to(model.device)).half().cpu().numpy()
+    tokens.flush()
+    broken = {slot: reason for part in gather_objects(broken) for slot, reason in part.items()}
+    if rank() == 0:
+        path.with_suffix(".json").write_text(json.dumps(broken))
+        os.replace(partial, path)
+    barrier()
+    print0(f"cached in {clock(time.time() - started)}")
+
+
+def write_features(model: Blip2, paths: list[Path], texts: list[str], out: str, workers: int) -> None:
+    """Write the features of image files, and of texts if there are any, into a .safetensors file.
+
+    image_query_outputs (N, Q, D): the queries after the Q-Former; image_features (N, Q, E): these, projected and of
+    unit length; text_features (M, E) likewise. itc_scores is the highest product of a text with the queries.
+    """
+    contrastive = model.tokenizer is not None and model.llm is None  # else the projections are untrained by now
+    expect(contrastive or not texts, "--texts have features in a run of stage 1 or retrieval: pass one as --checkpoint")
+    batches = list(chunked(list(range(len(paths)))[shard(len(paths))], IMAGES))
+    encoded = encoded_batches(model, ImageFiles(paths), batches, workers)
+    parts = [(images.query_out.cpu(), images.feats.cpu()) for images in encoded]
+    Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
+    nothing = (torch.empty(0, Q, D), torch.empty(0, Q, E))  # a rank without a share
+    found = {
+        name: gather_shards(torch.cat(mine).to(model.device), len(paths)).cpu()
+        for name, mine in zip(("image_query_outputs", "image_features"), zip(nothing, *parts))
+    }
+    if not contrastive:
+        del found["image_features"]
+    if texts:
+        found["text_features"] = model.encode_text(texts).feats.cpu()
+    names = {"images": json.dumps([path.name for path in paths]), "texts": json.dumps(texts)}
+    if rank() == 0:
+        save_file(found, out, metadata=names)
+        os.chmod(out, 0o644)  # safetensors makes files that only their owner can read
+    print0(*(f"{name} {tuple(tensor.shape)}" for name, tensor in found.items()), f"written to {out}")

@@ -1,0 +1,1 @@
+"""Small commands: check data, inspect and export weights, make the tiny parts, figures, tables of results."""

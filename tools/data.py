@@ -1,0 +1,145 @@
+"""Annotation files before a long run: `python -m tools.data check FILES`, `... convert FILE --out FILE`."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from engine.errors import Parser, UserError, at_least_1, check_output, run_command
+from sources.annotations import AnnotatedImage
+from sources.images import open_image
+from sources.layouts import open_records
+from sources.text import BertTokenizer, is_text
+
+
+class Files:
+    """Path -> (hash of the file's content, why it cannot be read or "")."""
+
+    def __getitem__(self, path: str) -> tuple[str, str]:
+        try:
+            content = Path(path).read_bytes()
+            open_image(path)
+        except OSError as error:
+            return "", f"{path} cannot be read ({error.strerror}): check the name and the folder (--images)"
+        except UserError as error:
+            return "", str(error)
+        return hashlib.sha256(content).hexdigest(), ""
+
+
+def check(args: argparse.Namespace) -> None:
+    """Read every record and every image of annotation files, and print their problems.
+
+    Raises SystemExit(1) if there are any.
+    """
+    problems: dict[str, list[str]] = defaultdict(list)
+    tokenizer = BertTokenizer(args.bert, 10**6) if args.bert else None
+    if tokenizer is None:
+        print("text lengths are not checked: add --bert FOLDER to see which texts are truncated")
+    images_of: dict[Path, dict[str, str]] = {}  # file -> content hash -> the first image with it
+    for file in dict.fromkeys(map(Path, args.annotations)):
+        name, every = open_records(file, args.split)
+        folders, records = [Path(folder) for folder in args.images or [file.parent]], []
+        for record in every:
+            if isinstance(record, dict) and isinstance(record.get("image"), str):
+                records.append(record)
+            else:
+                problems[f'{file}: records without "image"'].append(json.dumps(record))
+        paths = list(dict.fromkeys(AnnotatedImage(record, folders).name for record in records))
+        where = ", ".join(map(str, folders))
+        print(f"{file}: {name}, {len(records):,} records, {len(paths):,} images in {where}", flush=True)
+        found = text_problems(records, tokenizer, args.max_text_tokens)
+        problems |= {f"{file}: {kind}": rows for kind, rows in found.items()}
+        first, started = {}, time.time()
+        results = DataLoader(Files(), None, sampler=paths, num_workers=args.workers)
+        for number, (path, (content, reason)) in enumerate(zip(paths, results), start=1):
+            if reason:
+                problems[f"{file}: unreadable images"].append(reason)
+            elif first.setdefault(content, path) != path:
+                same = f"{path} is the same image as {first[content]}: give their records one image_id"
+                problems[f"{file}: duplicate images"].append(same)
+            if number % 10_000 == 0:
+                print(f"  {number:,} images, {number / (time.time() - started):.0f} img/s", flush=True)
+        for other, before in images_of.items():
+            if shared := [f"{path} is also in {other}" for content, path in first.items() if content in before]:
+                problems[f"{file}: images of {other}, fine unless one is to train and one to test"] = shared
+        images_of[file] = first
+    for kind, rows in problems.items():
+        print(f"{kind}: {len(rows):,}", *(f"  {row}" for row in rows[:5]), sep="\n")
+        if len(rows) > 5:
+            print(f"  and {len(rows) - 5:,} more")
+    print(f"{sum(map(len, problems.values())):,} problems" if problems else "fine")
+    if problems:
+        raise SystemExit(1)
+
+
+def text_problems(records: list[dict], tokenizer: BertTokenizer | None, limit: int) -> dict[str, list[str]]:
+    """Problems with the texts of records, by kind; with a tokenizer, also texts of more than `limit` tokens."""
+    found: dict[str, list[str]] = defaultdict(list)
+    seen: set[str] = set()
+    is_test = not any(record.get("answer") or record.get("caption") for record in records)
+    if is_test:
+        print("  no record has a caption or an answer: fine for a test set, nothing to train on")
+    for record in records:
+        asked = [record["question"]] if "question" in record else []
+        texts = record.get("answer" if asked else "caption", [])
+        texts = texts if isinstance(texts, list) else [texts]
+        if not texts and not is_test:
+            found[f"without {'an answer' if asked else 'a caption'}"].append(json.dumps(record))
+        for text in texts + asked:
+            if not is_text(text):
+                found["with an empty text"].append(json.dumps(record))
+        read = [str(text) for text in asked or texts]
+        for text, ids in zip(read, tokenizer.encode(read) if tokenizer else []):
+            if len(ids) > limit:
+                found[f"texts truncated to {limit} tokens (--max-text-tokens)"].append(f"{len(ids)} tokens: {text}")
+        key = json.dumps(record, sort_keys=True)
+        if key in seen:
+            found["duplicate records"].append(key)
+        seen.add(key)
+    return found
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write the records of a published annotation file in this project's layout, whole or not at all."""
+    name, records = open_records(Path(args.file), args.split, args.answers and Path(args.answers))
+    out = Path(args.out)
+    check_output("out", out)
+    texts = sum(len(record.get("caption", ["one question"])) for record in records)
+    what = "questions" if "question" in records[0] else "captions"
+    partial = out.with_name(f".{out.name}.tmp")
+    partial.write_text(json.dumps(records) + "\n", encoding="utf-8")
+    os.replace(partial, out)
+    print(f"{args.file}: {name}, {len({record['image'] for record in records}):,} images, {texts:,} {what}")
+    print(f"written to {out}; its images: {records[0]['image']}, ... (pass their folder as --images)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = Parser(prog="python -m tools.data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("check", help="missing and broken images, duplicates, empty and long texts")
+    p.add_argument("annotations", nargs="+", help="annotation files; images that several share are reported")
+    p.add_argument("--images", action="append", help="folder of the images, if not beside the file; may be repeated")
+    p.add_argument("--bert", help="count tokens with this BERT's tokenizer: which texts exceed --max-text-tokens?")
+    p.add_argument("--max-text-tokens", type=at_least_1, default=32)
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read images")
+    p.set_defaults(run=check)
+    c = commands.add_parser("convert", help="from a published layout (sources/layouts.py) to this project's records")
+    c.add_argument("file", help="captions or questions")
+    c.add_argument("answers", nargs="?", help="VQA's second file, the annotations")
+    c.add_argument("--out", required=True, help="the .json to write")
+    c.set_defaults(run=convert)
+    for sub in (p, c):
+        sub.add_argument("--split", default="train", help="of Karpathy's files")
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,1 @@
+"""How do public checkpoints come in and go out?"""

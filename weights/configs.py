@@ -1,0 +1,196 @@
+"""config.json of public checkpoints <-> the configurations here, as field tables that work both ways."""
+
+from pathlib import Path
+
+from engine.errors import UserError, expect, read_json
+from llm import PRESETS as LLM_PRESETS
+from llm import OPTConfig, T5Config
+from qformer import QFormerConfig
+from vit import CLIP_MEAN, CLIP_STD, ViTConfig
+from weights.tables import CLIP, DINOV2, HF_BLIP2_VIT, OPT_TABLE, T5_TABLE, Table
+
+# Our field -> (their field, its default there).
+Fields = dict[str, tuple[str, object]]
+
+BASE_FIELDS: Fields = {  # the names that most of transformers' configurations share
+    "width": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+}
+DINOV2_FIELDS = BASE_FIELDS | {
+    "patch_size": ("patch_size", 14),
+    "image_size": ("image_size", 224),
+    "eps": ("layer_norm_eps", 1e-6),
+}
+CLIP_FIELDS = DINOV2_FIELDS | {
+    "mlp": ("intermediate_size", 3072),
+    "patch_size": ("patch_size", 32),
+    "act": ("hidden_act", "quick_gelu"),
+    "eps": ("layer_norm_eps", 1e-5),
+}
+BLIP2_VIT_FIELDS = CLIP_FIELDS | {
+    "width": ("hidden_size", 1408),
+    "depth": ("num_hidden_layers", 39),
+    "heads": ("num_attention_heads", 16),
+    "mlp": ("intermediate_size", 6144),
+    "patch_size": ("patch_size", 14),
+    "act": ("hidden_act", "gelu"),
+    "eps": ("layer_norm_eps", 1e-6),
+}
+BERT_FIELDS = BASE_FIELDS | {
+    "vocab_size": ("vocab_size", 30522),  # here with [DEC]
+    "mlp": ("intermediate_size", 3072),
+    "max_positions": ("max_position_embeddings", 512),
+    "dropout": ("hidden_dropout_prob", 0.1),
+    "eps": ("layer_norm_eps", 1e-12),
+    "init_std": ("initializer_range", 0.02),
+}
+QFORMER_FIELDS = {name: row for name, row in BERT_FIELDS.items() if name != "init_std"} | {
+    "image_width": ("encoder_hidden_size", 1408),
+    "cross_every": ("cross_attention_frequency", 2),
+}
+OPT_FIELDS = BASE_FIELDS | {
+    "vocab_size": ("vocab_size", 50272),
+    "mlp": ("ffn_dim", 3072),
+    "max_positions": ("max_position_embeddings", 2048),
+    "embed_width": ("word_embed_proj_dim", None),
+    "pre_norm": ("do_layer_norm_before", True),
+}
+T5_FIELDS: Fields = {
+    "vocab_size": ("vocab_size", 32128),
+    "width": ("d_model", 512),
+    "depth": ("num_layers", 6),
+    "decoder_depth": ("num_decoder_layers", None),
+    "heads": ("num_heads", 8),
+    "head_width": ("d_kv", 64),
+    "mlp": ("d_ff", 2048),
+    "buckets": ("relative_attention_num_buckets", 32),
+    "max_distance": ("relative_attention_max_distance", 128),
+    "eps": ("layer_norm_epsilon", 1e-6),
+    "pad_id": ("pad_token_id", 0),
+}
+
+
+def read_fields(fields: Fields, config: dict) -> dict:
+    """Their config.json -> keyword arguments of our configuration."""
+    return {ours: config.get(theirs, default) for ours, (theirs, default) in fields.items()}
+
+
+def write_fields(fields: Fields, cfg) -> dict:
+    """Our configuration -> entries of their config.json."""
+    return {theirs: getattr(cfg, ours) for ours, (theirs, _) in fields.items()}
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
+    """Configuration, with its published depth, and key table of an encoder folder, or of a whole CLIP or BLIP-2."""
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind in ("clip", "blip-2"):
+        config, kind = config["vision_config"], {"clip": "clip_vision_model", "blip-2": "blip_2_vision_model"}[kind]
+    if kind == "dinov2":
+        expect(
+            not config.get("use_swiglu_ffn") and config.get("hidden_act", "gelu") == "gelu",
+            f"{folder} is a DINOv2 with SwiGLU, expected the plain GELU one: use dinov2-small, -base, -large",
+        )
+        sizes, table = read_fields(DINOV2_FIELDS, config), DINOV2
+        sizes["mlp"] = int(sizes["width"] * config.get("mlp_ratio", 4))
+    elif kind == "clip_vision_model":
+        sizes, table = read_fields(CLIP_FIELDS, config), CLIP
+        sizes |= dict(ln_pre=True, conv_bias=False, align_corners=True)
+    elif kind == "blip_2_vision_model":
+        sizes, table = read_fields(BLIP2_VIT_FIELDS, config), HF_BLIP2_VIT
+        sizes |= dict(act="gelu", key_bias=False, depth=sizes["depth"] + 1)  # published without its last block
+    else:
+        known = "dinov2, clip, clip_vision_model, blip-2"
+        raise UserError(f"{folder}/config.json has model_type {kind!r}, expected an image encoder: {known}")
+    preprocessor = folder / "preprocessor_config.json"
+    norm = config | (read_json(preprocessor) if preprocessor.exists() else {})
+    sizes |= {"mean": tuple(norm.get("image_mean", CLIP_MEAN)), "std": tuple(norm.get("image_std", CLIP_STD))}
+    return ViTConfig(**sizes), table
+
+
+def bert_config(folder: Path) -> dict:
+    """The fields of QFormerConfig that a BERT folder decides."""
+    config = read_json(folder / "config.json")
+    kind, act = config.get("model_type"), config.get("hidden_act", "gelu")
+    expect(
+        (kind, act) == ("bert", "gelu"),
+        f"{folder}/config.json has model_type {kind!r} and hidden_act {act!r}, expected bert and gelu: use "
+        "bert-base-uncased or one like it",
+    )
+    sizes = read_fields(BERT_FIELDS, config)
+    return sizes | {"vocab_size": sizes["vocab_size"] + 1}  # [DEC]
+
+
+def hf_qformer_config(config: dict, retrieval: bool) -> QFormerConfig:
+    """The Q-Former of a transformers BLIP-2."""
+    sizes = read_fields(QFORMER_FIELDS, config["qformer_config"])
+    sizes["vocab_size"] += not retrieval  # [DEC], which is counted where words are read
+    return QFormerConfig(**sizes, num_queries=config.get("num_query_tokens", 32))
+
+
+LLM_TABLES = {OPTConfig: OPT_TABLE, T5Config: T5_TABLE}
+
+
+def llm_config(spec: str) -> tuple[OPTConfig | T5Config, Table]:
+    """Configuration and key table of what `--llm` names: a preset, a folder, or the language model of a BLIP-2."""
+    if Path(spec).is_dir():
+        cfg = read_llm_config(Path(spec) / "config.json")
+    else:
+        names = f"a name ({', '.join(LLM_PRESETS)})"
+        expect(spec in LLM_PRESETS, f"--llm {spec} does not exist: expected a folder, or {names} for random weights")
+        cfg = LLM_PRESETS[spec]
+    return cfg, LLM_TABLES[type(cfg)]
+
+
+def read_llm_config(path: Path) -> OPTConfig | T5Config:
+    """A language model's config.json, or that of a BLIP-2, which has it inside."""
+    config, where = read_json(path), str(path)
+    if config.get("model_type") == "blip-2":
+        config, where = config["text_config"], f"text_config in {path}"
+    kind = config.get("model_type")
+    if kind == "opt":
+        plain = config.get("activation_function", "relu") == "relu" and config.get("enable_bias", True)
+        expect(plain, f"{where} is of an OPT without ReLU or biases, expected one of facebook/opt-*")
+        sizes = read_fields(OPT_FIELDS, config)
+        return OPTConfig(**sizes | {"embed_width": sizes["embed_width"] or sizes["width"]})
+    if kind == "t5":
+        # T5 v1.0 scales the input of its head, and has no gates. "gated-gelu" has always meant the one by tanh.
+        scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+        act = config.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(config.get("feed_forward_proj"))
+        v1_1 = not scales and config.get("feed_forward_proj", "").startswith("gated") and act in ("gelu", "gelu_new")
+        expect(v1_1, f"{where} is of a T5 v1.0, expected google/t5-v1_1-* or google/flan-t5-*")
+        sizes = read_fields(T5_FIELDS, config)
+        return T5Config(**sizes | {"decoder_depth": sizes["decoder_depth"] or sizes["depth"]}, act=act)
+    raise UserError(f"{where} has model_type {kind!r}, expected a language model of a known type: opt, t5")
+
+
+# --- writers ---------------------------------------------------------------------------------------------------------
+
+
+def hf_config(model) -> dict:
+    """transformers' Blip2Config of a `Blip2`, without the language model. The ViT's position table is exported for the
+    image size that the model takes."""
+    vit, qformer, retrieval = model.vit.cfg, model.qformer.cfg, model.llm is None
+    return {
+        "architectures": ["Blip2ForImageTextRetrieval" if retrieval else "Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        "num_query_tokens": qformer.num_queries,
+        "image_text_hidden_size": model.embed_dim,
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "blip_2_vision_model",
+            **write_fields(BLIP2_VIT_FIELDS, vit),
+            "image_size": model.image_size,
+        },
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            **write_fields(QFORMER_FIELDS, qformer),
+            "vocab_size": qformer.vocab_size - (not retrieval),
+            "attention_probs_dropout_prob": qformer.dropout,
+            "use_qformer_text_input": retrieval,
+        },
+    }
