@@ -9,14 +9,15 @@ Letters: N images, M texts; see also the glossary of qformer.py.
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
+from io import IOBase
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,11 +25,10 @@ from engine.device import PRECISIONS, vit_dtype
 from engine.distributed import print0
 from engine.errors import expect
 from generate import KVCache, generate
-from llm import LLMS
 from losses import itc_similarity
 from model import OBJECTIVES, Blip2Model
 from qformer import ImageKV, QFormer
-from sources.images import eval_transform, open_image, to_rgb
+from sources.images import as_image, eval_transform
 from sources.text import BertTokenizer, LLMTokenizer, fill_template, pad
 from vit import ViT
 from weights.configs import llm_config
@@ -81,6 +81,7 @@ class Blip2(Blip2Model):
         self.tokenizer = tokenizer  # None without a text branch, as in public stage-2 checkpoints
         self.sources = {"vit": Source(""), "bert": Source("")}
         self.holds_vit = False  # is the ViT saved with the model? From `unfreeze_vit`
+        self.vit_in_file: dict[str, Tensor] = {}  # of a trained ViT that is frozen in half precision now
         self.untrained_heads: tuple[str, ...] = ()  # objectives whose heads are untrained
         self.llm_tokenizer, self.template, self.llm_act = None, None, None  # from `attach_llm`
         self.prompt = ""  # that captions continue; from fine-tuning
@@ -172,6 +173,8 @@ class Blip2(Blip2Model):
         for part, known in found.frozen_sha256.items():
             check_frozen(part, model.sources[part], known, path)
         report(load(model, found.tensors, found.table or run_table(model), str(path)))
+        if model.holds_vit and not train_vit:
+            model.vit_in_file = {name: t for name, t in found.tensors.items() if name.startswith("vit.")}
         if image_size is not None:
             check_size(image_size, model.vit.cfg.patch_size, str(path))
             model.image_size = image_size
@@ -185,8 +188,8 @@ class Blip2(Blip2Model):
         spec: see `load_llm`; it is read straight into this model's precision, on its device. template: of questions,
         with {} for the question, by default the language model's. act: see `load_llm`.
         """
-        cfg, _ = llm_config(spec)  # the tokenizer first: its errors come before gigabytes are read
-        kind = LLMS[type(cfg)]
+        cfg, family = llm_config(spec)  # the tokenizer first: its errors come before gigabytes are read
+        kind = family.kind
         folder = spec if os.path.isdir(spec) else TINY / kind.__name__.lower()  # random weights have no tokenizer
         tokenizer = LLMTokenizer(folder, kind.prompt_format, self.tokenizer.max_tokens if self.tokenizer else 32)
         expect(
@@ -210,7 +213,8 @@ class Blip2(Blip2Model):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(self).items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(state, folder / ".model.partial", metadata={"format": "pt"})
+        os.replace(folder / ".model.partial", folder / "model.safetensors")  # the old one may still be mapped
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         self.write_config(folder, relative_to, **extra)
@@ -244,6 +248,8 @@ class Blip2(Blip2Model):
 
     def unfreeze_vit(self) -> None:
         """Train the ViT as well; from then on a checkpoint holds it."""
+        if self.vit_in_file and self.vit.pos_embed.dtype != torch.float32:  # what was rounded is read again
+            self.vit.float().load_state_dict({name[4:]: t for name, t in self.vit_in_file.items()})
         super().unfreeze_vit()
         self.holds_vit = True
         self.sources["vit"] = Source(self.sources["vit"].spec)  # without files: they no longer hold these weights
@@ -262,14 +268,21 @@ class Blip2(Blip2Model):
 
     @torch.no_grad()
     def encode_image(self, images, batch_size: int = 64) -> EncodedImages:
-        """Features of an image or a list (paths, Pillow images, uint8 (H, W, 3) arrays), or an (N, 3, H, W) tensor."""
+        """Images through the ViT and the Q-Former -> `EncodedImages`, which every call takes in their place.
+
+        images: one or any number of paths, bytes of image files, open files, Pillow images, arrays (H, W, 3), tensors
+        (3, H, W), and batches (N, ...) of these two. RGB, grey or RGBA; floats from 0 to 1, integers from 0 to 255,
+        uint16 to 65,535; not normalised, as the model does that. Each image is resized to the model's size, whatever
+        its aspect ratio. Anything else is a UserError. batch_size: images on the device at a time.
+        Example: `model.encode_image(["a.jpg", "b.jpg"]).feats` are unit vectors (2, Q, E).
+        """
         if isinstance(images, EncodedImages):
             return images
         images = [images] if is_single(images) else images
+        size = (3, self.image_size, self.image_size)
+        if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape[1:] == size):
+            images = [one for image in images for one in (image if getattr(image, "ndim", 0) == 4 else [image])]
         expect(len(images), "got no images, expected at least one")
-        if isinstance(images, Tensor):
-            shape = tuple(images.shape)
-            expect(images.ndim == 4, f"got a tensor of shape {shape}, expected images of shape (N, 3, H, W)")
         parts = []
         for pixels in chunked(images, batch_size):
             if not isinstance(pixels, Tensor):
@@ -287,7 +300,11 @@ class Blip2(Blip2Model):
 
     @torch.no_grad()
     def encode_text(self, texts, batch_size: int = 256) -> EncodedTexts:
-        """Features of one string or a list; texts longer than the tokenizer's limit are truncated."""
+        """Texts through the Q-Former -> `EncodedTexts`, which calls that take texts take in their place.
+
+        texts: a string or a list; longer ones are cut to the model's max_text_tokens. UserError without a text branch.
+        Example: `model.encode_text(["a dog", "two bikes"]).feats` are unit vectors (2, E).
+        """
         if isinstance(texts, EncodedTexts):
             return texts
         self.need_text_branch("read a text with")
@@ -314,13 +331,19 @@ class Blip2(Blip2Model):
 
     @torch.no_grad()
     def itc_scores(self, images, texts) -> Tensor:
-        """Contrastive similarity of N images with M texts -> (N, M): the highest cosine over the queries."""
+        """Contrastive similarity of N images with M texts -> (N, M): the highest cosine over the queries, -1 to 1.
+
+        images, texts: see `encode_image`, `encode_text`. `model.itc_scores("a.jpg", ["a dog", "two bikes"])` is (1, 2).
+        """
         image_feats, text_feats = self.encode_image(images).feats, self.encode_text(texts).feats
         return itc_similarity(image_feats, text_feats[:0], image_feats[:0], text_feats, torch.ones(()))[0]
 
     @torch.no_grad()
     def itm_scores(self, images, texts) -> Tensor:
-        """Probability that image n and text m match -> (N, M)."""
+        """Probability, 0 to 1, that image n and text m match -> (N, M); slower and finer than `itc_scores`.
+
+        images, texts: see `encode_image`, `encode_text`. `model.itm_scores("a.jpg", ["a dog", "two bikes"])` is (1, 2).
+        """
         images, texts = self.encode_image(images), self.encode_text(texts)
         N, M = len(images.feats), len(texts.feats)
         logits = self.match_logits(images, texts, torch.arange(N).repeat_interleave(M), torch.arange(M).repeat(N))
@@ -367,8 +390,12 @@ class Blip2(Blip2Model):
         """Captions: a string for each image; for a single image that is not in a list, its string.
 
         With a language model the caption continues the prompt, by default the one it was fine-tuned with. Without one
-        (after stage 1) the Q-Former alone captions (ITG). decoding: see `generate.generate`; by default `CAPTIONS`;
-        with num_captions above 1, a list of strings for each image.
+        (after stage 1) the Q-Former alone captions (ITG). images: see `encode_image`. batch_size: captions at a time.
+        decoding, by name: max_new_tokens=30, min_new_tokens=1; num_beams=5, 1 is greedy; num_captions=1, above 1 a list
+        of the best for each image; length_penalty=1.0, below 0 favours short ones; repetition_penalty=1.0, above 1
+        avoids words again; sample=False, True (with num_beams=1) draws at temperature=1.0 from the most probable tokens
+        that hold top_p=1.0, by a torch generator=None. ValueError: out of range; UserError: no trained head to caption.
+        Example: `model.caption(["a.jpg", "b.jpg"], num_beams=3)` may be ["a dog on a beach", "two bikes"].
         """
         encoded, decoding = self.encode_image(images), CAPTIONS | decoding
         if self.llm is not None:
@@ -404,7 +431,9 @@ class Blip2(Blip2Model):
         all, or a list with one (or a list of them) for each -> a list of that shape.
         A question is a string, or a conversation [(question, answer), ..., question]; see `fill_template`.
         template: for the questions, with {} for the question; by default the run's own. "{}" leaves a question
-        unchanged, so it can be any prompt. decoding: see `generate.generate`; by default `ANSWERS`.
+        unchanged, so it can be any prompt. decoding: as of `caption`, but by default max_new_tokens=10,
+        min_new_tokens=1, num_beams=5, length_penalty=-1.0. UserError: no language model, questions that do not fit.
+        Example: `model.ask("a.jpg", [("what is it?", "a dog"), "what color is it?"])` may be "brown".
         """
         asked, query_out, prompts = self.prepare_questions(images, questions, template)
         return asked.unflatten(self.generate_texts(query_out, prompts, batch_size, **(ANSWERS | decoding)))
@@ -413,8 +442,9 @@ class Blip2(Blip2Model):
     def rank(self, images, questions, candidates: list[str], template: str | None = None, batch_size: int = 256):
         """The candidates in the order of their probability as the answer, for each question: lists of `Ranked`.
 
-        images, questions, template: see `ask`, whose shape the result has. Ordered by the summed log-probability; image
-        and question run through the language model once for all candidates.
+        images, questions, template: see `ask`, whose shape and errors the result has. Ordered by the log-probability
+        (natural, summed over the tokens); image and question run through the language model once for all candidates.
+        Example: `model.rank("a.jpg", "what is it?", ["a cat", "a dog"])[0].answer` may be "a dog".
         """
         expect(
             candidates and not isinstance(candidates, str),
@@ -436,7 +466,9 @@ class Blip2(Blip2Model):
     def score(self, images, texts, prompt: str = "", batch_size: int = 256) -> Scores:
         """Log-probability of M texts after each of N images and the prompt: `Scores` of (N, M).
 
-        Image and prompt run through the language model once for all texts.
+        Natural logarithms; image and prompt run through the language model once for all texts. images: see
+        `encode_image`. UserError: no text, no language model.
+        Example: `model.score("a.jpg", ["a dog", "a cat"], prompt="a photo of").log_prob` is (1, 2).
         """
         expect(texts, "got no text to score, expected at least one")
         self.need_llm()
@@ -588,14 +620,9 @@ def is_question(entry) -> bool:
 
 def is_single(images) -> bool:
     """One image that is not in a list."""
-    return isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
-
-
-def as_image(image) -> Image.Image:
-    """A path, Pillow image or uint8 (H, W, 3) array -> RGB image."""
-    if isinstance(image, (str, Path)):
-        return open_image(image)
-    return to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+    if isinstance(images, (np.ndarray, Tensor)):
+        return images.ndim < 4
+    return isinstance(images, (str, bytes, IOBase)) or not isinstance(images, Iterable)
 
 
 def chunked(items, size: int):

@@ -1,4 +1,4 @@
-"""Every flag of train.py, the paper's recipes, and what a run takes from another.
+"""Every flag of train.py, the paper's recipes and those for less data, and what a run takes from another.
 
 `TrainConfig` has one row per flag: default, help, limits, the stages it belongs to, and whether it may change when a
 run is resumed. A value of None comes from the recipe: a row of `RECIPES`, chosen by --stage, --data and the model.
@@ -6,7 +6,11 @@ run is resumed. A value of None comes from the recipe: a row of `RECIPES`, chose
 
 import argparse
 import dataclasses
+import json
 import math
+import os
+import sys
+import textwrap
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,18 +18,25 @@ from pathlib import Path
 
 from engine.checkpoint import checkpoints, read_state
 from engine.device import DEVICES, PRECISIONS
-from engine.distributed import print0, world_size
-from engine.errors import Parser, UserError, expect, read_json
-from llm import OPTConfig, T5Config
+from engine.distributed import print0, rank, world_size
+from engine.errors import Parser, UserError, check_output, expect, read_json
 from model import OBJECTIVES
+from recipes import (
+    CONTRASTIVE,
+    FINE_TUNING,
+    RECIPES,
+    SMALL_DATA,
+    STAGES,
+    WITH_LLM,
+    fit_to,
+    paper_column,
+    recipe_values,
+    scaled,
+)
 from sources.annotations import check_spec
 from weights.configs import llm_config
 from weights.runs import relocated
 
-STAGES = ("1", "2", "caption", "vqa", "retrieval")
-WITH_LLM = ("2", "caption", "vqa")
-FINE_TUNING = ("caption", "vqa", "retrieval")
-CONTRASTIVE = ("1", "retrieval")
 BEFORE = {"2": "1", "retrieval": "1", "caption": "2", "vqa": "2"}  # stage -> that of the run which --init names
 
 # Limits of a flag: does a value fit, and what is expected.
@@ -35,10 +46,7 @@ ABOVE_0 = (lambda x: x > 0, "above 0")
 BELOW_1 = (lambda x: 0 <= x < 1, "0 or more, and below 1")
 SHARE = (lambda x: 0 < x <= 1, "above 0 and at most 1")
 HAS_PLACE = (lambda x: "{}" in x, "{} in it, where the question goes")
-HAS_ITC = (
-    lambda x: "itc" in x.split(",") and not Counter(x.split(",")) - Counter(OBJECTIVES),
-    "itc, with itm and itg or without",
-)
+OBJECTIVE_CHOICE = (lambda x: not Counter(x.split(",")) - Counter(OBJECTIVES), "any of itc, itm, itg, with commas")
 
 
 def one_of(*choices: str) -> tuple:
@@ -54,29 +62,45 @@ def flag(default, help: str, fits: tuple | None = None, stages: tuple = STAGES, 
     return field(default=default, metadata=row)
 
 
+TINY = os.path.relpath(Path(__file__).parent / "assets/tiny")  # the parts that ship with the code
+
+
 @dataclass
 class TrainConfig:
-    """All flags. What is None is taken from the recipe."""
+    """All flags, in the groups of --help. What is None is taken from the recipe."""
 
     stage: str = flag("1", "1: representation (3.2), 2: generative (3.3); caption, vqa, retrieval: fine-tuning")
     init: str = flag("", "run to start from; stage 2 also: none, for a Q-Former fresh from BERT", stages=STAGES[1:])
-    llm: str = flag("assets/tiny/opt", "frozen language model: a folder, or a name for random weights", stages=WITH_LLM)
-    vit: str = flag("assets/tiny/vit", "frozen image encoder: a folder, a name for random weights, or eva-g:FILE")
-    bert: str = flag("assets/tiny/bert", "BERT folder that the Q-Former starts from")
-    data: list[str] = flag(["shapes"], "shapes, or an annotation file; may be repeated")
-    images: list[str] = flag([], "folders of the images, if not beside the file; may be repeated")
-    val_data: str = flag("", "annotations to validate on")
-    val_photos: int = flag(0, "or: hold out this many images of --data", AT_LEAST_0)
-    out: str = flag("", "folder of the run; runs/stage1, runs/stage2, runs/caption, ... if not given", resume=True)
-    resume: bool = flag(False, "continue the run in --out", resume=True)
-    overwrite: bool = flag(False, "delete the run in --out first", resume=True)
-    losses: str = flag("itc,itm,itg", "which objectives; itc is always needed", HAS_ITC, CONTRASTIVE)
-    freeze_vit: bool = flag(False, "leave the ViT frozen", stages=FINE_TUNING)
-    vit_lr_decay: float | None = flag(None, "each ViT block learns so much slower than the next", SHARE, FINE_TUNING)
+
+    vit: str = flag(f"{TINY}/vit", "frozen image encoder: a folder, a name for random weights, or eva-g:FILE",
+                    resume=True)  # fmt: skip
+    bert: str = flag(f"{TINY}/bert", "BERT folder that the Q-Former starts from", resume=True)
+    llm: str = flag(f"{TINY}/opt", "frozen language model: a folder, or a name for random weights", stages=WITH_LLM,
+                    resume=True)  # fmt: skip
+    freeze_vit: bool | None = flag(None, "leave the ViT frozen", stages=FINE_TUNING)
+    image_size: int | None = flag(None, "pixels a side", AT_LEAST_1)
+    queries: int | None = flag(None, "learned queries", AT_LEAST_1)
+    cross_every: int = flag(2, "cross-attention in every n-th block", AT_LEAST_1)
+    embed_dim: int | None = flag(None, "width of the space in which ITC compares", AT_LEAST_1)
+    max_text_tokens: int = flag(32, "longer texts are truncated", AT_LEAST_1)
+    dropout: float | None = flag(None, "of the Q-Former", BELOW_1)
+
+    data: list[str] = flag(["shapes"], "shapes, an annotation file or a folder; may be repeated", resume=True)
+    images: list[str] = flag([], "folders of the images, if not beside the file; may be repeated", resume=True)
+    val_data: str = flag("", "annotations to validate on", resume=True)
+    val_photos: int | None = flag(None, "or: hold out this many images of --data", AT_LEAST_0)
+    test_images: int = flag(0, "images of the final evaluation, 0 for all", AT_LEAST_0, resume=True)
+    cache_features: bool | None = flag(None, "run the frozen ViT once per image, keep its tokens; no augmentation")
+    workers: int = flag(-1, "loader processes; -1 chooses", resume=True)
+
+    losses: str = flag("itc,itm,itg", "which objectives", OBJECTIVE_CHOICE, CONTRASTIVE)
+    negatives_ramp: int | None = flag(None, "steps until ITM's negatives are hard; 0: at once", AT_LEAST_0, CONTRASTIVE)
+    gradcache: bool = flag(False, "ITC over all accumulated micro-batches, in two passes", stages=CONTRASTIVE)
     prompt: str | None = flag(None, "what captions continue", stages=("caption",))
     template: str | None = flag(None, "for questions, with {} for the question", HAS_PLACE, ("vqa",))
     condition: bool = flag(True, "the Q-Former reads the question too (paper, Figure 7)", stages=("vqa",))
-    steps: int | None = flag(None, "optimizer steps", AT_LEAST_1)
+
+    steps: int | None = flag(None, "optimizer steps; what is counted in steps is scaled with them", AT_LEAST_1)
     epochs: float | None = flag(None, "or: how often each caption, or question, is shown", ABOVE_0)
     batch: int | None = flag(None, "global batch of a step, over all ranks", AT_LEAST_1)
     micro_batch: int = flag(0, "images a rank takes at once; 0: its share of --batch, less accumulates", AT_LEAST_0)
@@ -86,68 +110,28 @@ class TrainConfig:
     beta2: float | None = flag(None, "of AdamW", BELOW_1)
     weight_decay: float | None = flag(None, "of tensors with two or more dimensions", AT_LEAST_0)
     clip: float | None = flag(None, "maximal gradient norm", ABOVE_0)
-    gradcache: bool = flag(False, "ITC over all accumulated micro-batches, in two passes", stages=CONTRASTIVE)
-    negatives_ramp: int | None = flag(None, "steps until ITM's negatives are hard; 0: at once", AT_LEAST_0, CONTRASTIVE)
-    dropout: float | None = flag(None, "of the Q-Former", BELOW_1)
-    image_size: int | None = flag(None, "pixels a side", AT_LEAST_1)
-    queries: int | None = flag(None, "learned queries", AT_LEAST_1)
-    cross_every: int = flag(2, "cross-attention in every n-th block", AT_LEAST_1)
-    embed_dim: int | None = flag(None, "width of the space in which ITC compares", AT_LEAST_1)
-    max_text_tokens: int = flag(32, "longer texts are truncated", AT_LEAST_1)
+    vit_lr_decay: float | None = flag(None, "each ViT block learns so much slower than the next", SHARE, FINE_TUNING)
     grad_checkpointing: bool | None = flag(None, "recompute blocks of LLM and trained ViT", stages=STAGES[1:])
-    cache_features: bool = flag(False, "run the frozen ViT once per image, keep its tokens on disk; no augmentation")
+
+    out: str = flag("", "folder of the run; runs/stage1, runs/stage2, runs/caption, ... if not given", resume=True)
+    resume: bool = flag(False, "continue the run in --out", resume=True)
+    overwrite: bool = flag(False, "delete the run in --out first", resume=True)
     seed: int = flag(0, "of everything random", AT_LEAST_0)
     precision: str = flag("auto", "auto, fp32, bf16 or fp16", one_of("auto", *PRECISIONS), resume=True)
     device: str = flag("auto", "auto, cuda, mps or cpu", one_of(*DEVICES), resume=True)
-    workers: int = flag(-1, "loader processes; -1 chooses", resume=True)
     log_every: int = flag(20, "steps between printed lines", AT_LEAST_1, resume=True)
     eval_every: int | None = flag(None, "steps between validations, 0 for none", AT_LEAST_0, resume=True)
     save_every: int | None = flag(None, "steps between checkpoints", AT_LEAST_1, resume=True)
     keep: int = flag(1, "how many checkpoints are kept beside the best", AT_LEAST_1, resume=True)
+    config: str = flag("", "take flags from this file: a run's config.json, or of --write-config", resume=True)
+    write_config: str = flag("", "write the whole configuration to this file, and stop", resume=True)
 
 
-FLAGS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-
-# Paper 3.4 gives stage 1 no minimal rate and no clipping; 1e-5 is LAVIS's, whose stage 1 clips nothing, warms up for
-# 5,000 steps and takes beta2 0.999. The paper's batch is 1,680 with ViT-g, 2,320 with ViT-L.
-PAPER_SIZES = dict(dropout=0.1, image_size=224, queries=32, embed_dim=256)
-TINY_SIZES = dict(dropout=0.0, image_size=64, queries=8, embed_dim=64)
-ADAMW = dict(beta2=0.98, weight_decay=0.05, clip=1.0)
-# Stage 2 of the paper; LAVIS takes batches of 1,024, beta2 0.999 and a minimal rate of 1e-5.
-STAGE2 = dict(lr=1e-4, min_lr=5e-5, warmup=2000, eval_every=5000, save_every=5000, **ADAMW, **PAPER_SIZES)
-# Fine-tuning on COCO (Table 7), on VQAv2 and Visual Genome (Table 8), on COCO (Table 9). The paper fine-tunes no
-# FlanT5-XXL; it takes FlanT5-XL's column here. The minimal rate 0 is LAVIS's.
-TUNING = dict(warmup=1000, lr=1e-5, min_lr=0.0, beta2=0.999, weight_decay=0.05, clip=1.0, grad_checkpointing=True,
-              eval_every=2000, save_every=2000)  # fmt: skip
-CAPTION = dict(batch=256, image_size=364, prompt="a photo of", epochs=5, **TUNING)
-VQA = dict(batch=128, image_size=490, template="Question: {} Answer:", epochs=5, **TUNING)
-RETRIEVAL = dict(batch=224, image_size=364, negatives_ramp=0, epochs=5, **TUNING)
-TINY_TUNING = TUNING | dict(steps=800, batch=32, lr=1e-4, warmup=50, image_size=64, vit_lr_decay=0.8,
-                            grad_checkpointing=False, eval_every=400, save_every=800)  # fmt: skip
-RECIPES = {
-    "stage 1, paper": dict(steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, negatives_ramp=0,
-                           eval_every=5000, save_every=5000, **ADAMW, **PAPER_SIZES),
-    # For the shapes world over the tiny encoders: a few minutes on two CPU cores. A run this short has no time to lose
-    # on negatives that are too hard at first.
-    "stage 1, tiny": dict(steps=1890, batch=32, lr=1e-3, min_lr=1e-5, warmup=90, negatives_ramp=600,
-                          eval_every=945, save_every=945, **ADAMW, **TINY_SIZES),
-    "stage 2, paper, OPT": dict(steps=80_000, batch=1920, **STAGE2),
-    "stage 2, paper, T5": dict(steps=80_000, batch=1520, **STAGE2),
-    "stage 2, tiny": dict(steps=2500, batch=32, lr=1e-3, min_lr=1e-5, warmup=75, eval_every=500, save_every=2500,
-                          **ADAMW, **TINY_SIZES),
-    "caption, paper, FlanT5": dict(**CAPTION, vit_lr_decay=1.0),
-    "caption, paper, OPT-2.7B": dict(**CAPTION, vit_lr_decay=1.0),
-    "caption, paper, OPT-6.7B": dict(**CAPTION, vit_lr_decay=0.95),
-    "vqa, paper, FlanT5": dict(**VQA, vit_lr_decay=0.95),
-    "vqa, paper, OPT-2.7B": dict(**VQA, vit_lr_decay=0.95),
-    "vqa, paper, OPT-6.7B": dict(**VQA, vit_lr_decay=0.9),
-    "retrieval, paper, ViT-L": RETRIEVAL | dict(lr=5e-6, beta2=0.98, vit_lr_decay=1.0),
-    "retrieval, paper, ViT-g": dict(**RETRIEVAL, vit_lr_decay=0.95),
-    # The tiny language model has never seen "a photo of".
-    "caption, tiny": TINY_TUNING | dict(steps=1600, lr=3e-4, prompt=""),
-    "vqa, tiny": TINY_TUNING,
-    "retrieval, tiny": TINY_TUNING | dict(lr=3e-4, negatives_ramp=0),
+GROUPS = {  # of --help: the first flag of each
+    "stage": "what is trained", "vit": "model", "data": "data", "losses": "objective", "steps": "optimization",
+    "out": "run",
 }  # fmt: skip
+FLAGS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 
 def dashed(name: str) -> str:
@@ -155,52 +139,91 @@ def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def kind_of(row: dataclasses.Field) -> type:
+    """The type of a flag's value: int of int | None, list of list[str]."""
+    return list if typing.get_origin(row.type) is list else next(iter(typing.get_args(row.type)), row.type)
+
+
 def parse_flags(argv: list[str] | None, description: str) -> tuple[TrainConfig, set[str]]:
-    """Command line -> the configuration, and the names of the flags that were given."""
-    parser = Parser(prog="python train.py", description=description, argument_default=argparse.SUPPRESS)
+    """Command line -> the configuration, and the names of the flags that were given, in a --config file too."""
+    early = Parser(prog="python train.py", add_help=False)
+    early.add_argument("--stage", default="1")
+    stage = early.parse_known_args(argv)[0].stage  # --help shows its flags and recipes
+    parser = Parser(
+        prog="python train.py", usage="python train.py [flags]", description=description,
+        argument_default=argparse.SUPPRESS,
+        epilog="flags and recipes of the other stages: --stage 2 --help, or caption, vqa, retrieval",
+    )  # fmt: skip
     for name, f in FLAGS.items():
-        stages, kind = f.metadata["stages"], next(iter(typing.get_args(f.type)), f.type)  # int | None -> int
-        about = f.metadata["help"] + f" [stage {', '.join(stages)}]" * (stages != STAGES)
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        kind = kind_of(f)
+        default = "shapes" if name == "data" else recipe_values(stage, name) if f.default is None else f.default
+        shown = f" (default: {default})" if default not in ("", False, dataclasses.MISSING) else ""
+        foreign = stage in STAGES and stage not in f.metadata["stages"]
+        about = argparse.SUPPRESS if foreign else f.metadata["help"] + shown
         if kind is bool:
-            parser.add_argument(dashed(name), action=argparse.BooleanOptionalAction, help=about)
-        elif name in ("data", "images"):
-            parser.add_argument(dashed(name), action="append", help=about + " (default: shapes)" * (name == "data"))
+            group.add_argument(dashed(name), action=argparse.BooleanOptionalAction, help=about)
+        elif kind is list:
+            group.add_argument(dashed(name), action="append", help=about, metavar="PATH")
         else:
-            default = "the recipe's" if f.default is None else f.default
-            parser.add_argument(dashed(name), type=kind, help=f"{about} (default: {default})", metavar=kind.__name__)
+            group.add_argument(dashed(name), type=kind, help=about, metavar=kind.__name__)
     given = vars(parser.parse_args(argv))
+    if "config" in given:
+        other = {"steps": "epochs", "epochs": "steps", "val_data": "val_photos", "val_photos": "val_data"}
+        replaced = {other.get(name) for name in given}
+        saved = flags_of(Path(given["config"]), stage)
+        given = {name: value for name, value in saved.items() if name not in replaced} | given
     return TrainConfig(**given), set(given)
 
 
+def flags_of(path: Path, stage: str) -> dict:
+    """The flags in a --write-config, or in the config.json of a run; those that belong to no one run."""
+    saved = read_json(path)
+    saved = saved.get("train", saved) if isinstance(saved, dict) else saved
+    expect(isinstance(saved, dict), f"--config {path} holds no object: expected flags and their values")
+    unknown = sorted(saved.keys() - FLAGS)
+    expect(not unknown, f"--config {path} has {', '.join(unknown[:5])}, which are no flags: remove them")
+    for name, value in saved.items():
+        kind = kind_of(FLAGS[name])
+        fits = value is None or type(value) is kind or (kind is float and type(value) is int)
+        expect(fits, f"--config {path} has {name} {value!r:.40}, expected {kind.__name__}")
+    once = {"out", "resume", "overwrite", "config", "write_config"} | ({"epochs"} if saved.get("steps") else set())
+    stage = saved.get("stage", stage)
+    mine = {name for name in saved.keys() - once if stage in FLAGS[name].metadata["stages"]}
+    return {name: saved[name] for name in mine if saved[name] is not None}
+
+
 def run_folder(cfg: TrainConfig) -> Path:
-    """--out, or runs/stage1, runs/stage2, runs/caption, ..."""
-    return Path(cfg.out or "runs/" + (cfg.stage if cfg.stage in FINE_TUNING else f"stage{cfg.stage}"))
-
-
-def with_steps(cfg: TrainConfig, texts: int) -> TrainConfig:
-    """Turn --epochs over so many texts into --steps."""
-    if cfg.steps is not None:
-        return cfg
-    steps = max(1, round(cfg.epochs * texts / cfg.batch))
-    shown = "questions" if cfg.stage == "vqa" else "captions"
-    print0(f"{cfg.epochs:g} epochs of {texts:,} {shown} are {steps:,} steps")
-    return dataclasses.replace(cfg, steps=steps)
+    """--out, or runs/stage1, runs/stage2, runs/caption, ...; a new run must not find another there."""
+    run = Path(cfg.out or "runs/" + (cfg.stage if cfg.stage in FINE_TUNING else f"stage{cfg.stage}"))
+    expect(not run.exists() or run.is_dir(), f"--out {run} is a file, expected a folder: pass another")
+    holds = f"{run} holds a run: pass --resume to continue it, --out to start another, or --overwrite"
+    expect(cfg.resume or cfg.overwrite or not checkpoints(run), holds)
+    return run
 
 
 # --- a new run -------------------------------------------------------------------------------------------------------
 
 
-def begin(run: Path, cfg: TrainConfig, given: set[str]) -> TrainConfig:
-    """The configuration of a new run in the folder `run`, which the recipe completes; says what was chosen and why."""
-    cfg, chosen = complete(cfg, given)
+def begin(cfg: TrainConfig, given: set[str], images: int, texts: int) -> TrainConfig:
+    """The configuration of a new run on so many images with so many texts, which the recipe completes; says what was
+    chosen and why, and what to expect of parts that do not fit. With --write-config it ends here."""
+    cfg, chosen = complete(cfg, given, images, texts)
     print0(chosen)
-    expect(not run.exists() or run.is_dir(), f"--out {run} is a file, expected a folder: pass another")
-    holds = f"{run} holds a run: pass --resume to continue it, --out to start another, or --overwrite"
-    expect(cfg.overwrite or not checkpoints(run), holds)
+    if unfit := unfit_parts(cfg):
+        print0(unfit)
+    if cfg.write_config:
+        check(cfg)
+        check_output("write-config", cfg.write_config)
+        if rank() == 0:
+            Path(cfg.write_config).write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        print0(f"written to {cfg.write_config}; to start this run: python train.py --config {cfg.write_config}")
+        sys.exit(0)
     return cfg
 
 
-def complete(cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, str]:
+def complete(cfg: TrainConfig, given: set[str], images: int, texts: int) -> tuple[TrainConfig, str]:
     """Fill what was not given from the run that --init names and from the recipe -> the whole configuration, and what
     was chosen and why."""
     fits, expected = one_of(*STAGES)
@@ -209,27 +232,43 @@ def complete(cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, str]:
         stages = FLAGS[name].metadata["stages"]
         foreign = f"got {dashed(name)}, a flag of stage {', '.join(stages)}, in stage {cfg.stage}: leave it out"
         expect(cfg.stage in stages, foreign)
-    lengths = {"steps", "epochs"}
-    expect(not given >= lengths, "got --steps and --epochs, expected one of them: leave the other out")
+    expect(not given >= {"steps", "epochs"}, "got --steps and --epochs, expected one of them: leave the other out")
     inherited = inherit(cfg, given)
     width = inherited.pop("image_width", 0)
-    name, why = choose_recipe(cfg, inherited.get("llm", cfg.llm), width)
-    known = given | inherited.keys() | (lengths if given & lengths else set())
-    recipe = {key: value for key, value in RECIPES[name].items() if key not in known}
+    name, why = choose_recipe(cfg, inherited.get("llm", cfg.llm), width, images)
+    recipe, reasons = dict(RECIPES[name]), []
+    if name.endswith("small"):
+        small, reasons = fit_to(images, cfg, given)
+        recipe = small | recipe
+        inherited.pop("dropout", None)
+    elif cfg.stage in FINE_TUNING:
+        inherited.pop("image_size", None)
+    recipe |= {"val_photos": 0, "cache_features": False, "freeze_vit": False} | recipe
+    recipe |= scaled(recipe, cfg, given, texts, reasons)
+    recipe = {key: value for key, value in recipe.items() if key not in given | inherited.keys()}
     if "min_lr" in recipe:  # the rate never rises again
         recipe["min_lr"] = min(recipe["min_lr"], recipe.get("lr", cfg.lr))
-    shown = (f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in recipe.items())
-    chosen = f'recipe "{name}", because {why}: {", ".join(shown)}'
+    chosen = [f'recipe "{name}", because {why}: {listed(recipe)}', *reasons]
     if inherited:
-        chosen += f"\nfrom {cfg.init}: " + ", ".join(f"{key} {value}" for key, value in inherited.items())
-    return dataclasses.replace(cfg, **recipe, **inherited), chosen
+        chosen.append(f"from {cfg.init}: {listed(inherited)}")
+    chosen = [textwrap.fill(line, 98, subsequent_indent="  ", break_long_words=False) for line in chosen]
+    return dataclasses.replace(cfg, **recipe, **inherited), "\n".join(chosen)
 
 
-def choose_recipe(cfg: TrainConfig, llm: str, image_width: int) -> tuple[str, str]:
+def listed(values: dict) -> str:
+    """Flags and their values, without what is off."""
+    told = [(name, value) for name, value in values.items() if value is not None and value is not False]
+    told = [(name, f"{value:g}" if isinstance(value, float) else value) for name, value in told]
+    return ", ".join(f"{name} {value}" for name, value in told if (name, value) != ("val_photos", 0))
+
+
+def choose_recipe(cfg: TrainConfig, llm: str, image_width: int, images: int) -> tuple[str, str]:
     """Name of the recipe, and the reason."""
     column, why = "tiny", "--data is shapes"
-    if cfg.data != ["shapes"]:
-        column, why = "paper", "--data is not shapes"
+    if cfg.data != ["shapes"] and images < SMALL_DATA:
+        column, why = "small", f"{images:,} images are fewer than {SMALL_DATA:,}"
+    elif cfg.data != ["shapes"]:
+        column, why = "paper", f"{images:,} images are {SMALL_DATA:,} or more"
         if cfg.stage in WITH_LLM:
             llm_cfg = llm_config(llm)[0]
             column += paper_column(cfg.stage, llm_cfg)
@@ -240,11 +279,30 @@ def choose_recipe(cfg: TrainConfig, llm: str, image_width: int) -> tuple[str, st
     return f"{'' if cfg.stage in FINE_TUNING else 'stage '}{cfg.stage}, {column}", why
 
 
-def paper_column(stage: str, llm: OPTConfig | T5Config) -> str:
-    """The column of the paper's tables that is nearest to the language model."""
-    if stage == "2":
-        return ", T5" if isinstance(llm, T5Config) else ", OPT"
-    return ", FlanT5" if isinstance(llm, T5Config) else ", OPT-6.7B" if llm.width >= 4096 else ", OPT-2.7B"
+# What to fetch in the place of the tiny parts: repository of the hub, files, size.
+DOWNLOADS = {
+    "vit": ("facebook/dinov2-small", "config.json,preprocessor_config.json,model.safetensors", "88 MB"),
+    "bert": ("sentence-transformers/all-MiniLM-L6-v2", "config.json,tokenizer.json,model.safetensors", "91 MB"),
+    "llm": ("facebook/opt-125m", "config.json,vocab.json,merges.txt,pytorch_model.bin", "251 MB"),
+}
+
+
+def unfit_parts(cfg: TrainConfig) -> str:
+    """What to pass in the place of the tiny parts if the images are real; empty if there is nothing to say."""
+    parts = ("vit", "bert") + ("llm",) * (cfg.stage in WITH_LLM)
+    tiny = [part for part in parts if Path(getattr(cfg, part)).resolve().parent == Path(TINY).resolve()]
+    if not tiny or "shapes" in cfg.data:
+        return ""
+    flags = " ".join(f"--{part} W/{Path(DOWNLOADS[part][0]).name}" for part in tiny)
+    lines = [
+        f"WARNING: {', '.join(map(dashed, tiny))}: the tiny parts that ship with the code know drawn shapes alone, "
+        f"and a run over them learns next to nothing of photos. Fetch real ones, once, and pass {flags}:"
+    ]
+    for repository, files, size in (DOWNLOADS[part] for part in tiny):
+        where = f"W/{Path(repository).name}/#1"
+        url = f"https://huggingface.co/{repository}/resolve/main/{{{files}}}"
+        lines.append(f'  curl -L --create-dirs -o "{where}" "{url}"  # {size}')
+    return "\n".join(lines)
 
 
 def inherit(cfg: TrainConfig, given: set[str]) -> dict:
@@ -272,9 +330,8 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
     q = run["qformer"]
     inherited |= dict(dropout=q["dropout"], queries=q["num_queries"], cross_every=q["cross_every"])
     inherited |= {name: run[name] for name in ("image_size", "embed_dim", "max_text_tokens")}
-    if cfg.stage in FINE_TUNING:
-        del inherited["image_size"]
-    for name in given & inherited.keys() - {"vit", "dropout", "llm"}:
+    free = {"vit", "dropout", "llm"} | ({"image_size"} if cfg.stage in FINE_TUNING else set())
+    for name in given & inherited.keys() - free:
         got, had = getattr(cfg, name), inherited[name]
         expect(got == had, f"got {dashed(name)} {got}, but {folder} has {had}: leave it out")
     return {name: value for name, value in inherited.items() if name not in given} | {"image_width": q["image_width"]}
@@ -286,12 +343,15 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
 def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path, dict]:
     """An old run -> its configuration, the folder of its newest checkpoint, its train state.
 
-    Refuses flags that would make another run of it, and another number of processes.
+    Refuses flags that would make another run of it, and another number of processes. Data and frozen parts may have
+    moved: `restore` compares their hashes.
     """
     folders = checkpoints(run)
     expect(folders, f"--resume: {run} has no checkpoint yet: leave --resume out to start it")
     state = read_state(folders[-1])
-    saved = saved_config(read_json(folders[-1] / "config.json")["train"])
+    config = read_json(folders[-1] / "config.json")
+    parts = {name: relocated(config[name], folders[-1]) for name in ("vit", "bert", "llm") if config.get(name)}
+    saved = dataclasses.replace(saved_config(config["train"]), **parts)
     may_change = {name for name, f in FLAGS.items() if f.metadata["resume"]}
     other = [name for name in given - may_change if getattr(saved, name) != getattr(cfg, name)]
     was = ", ".join(f"{dashed(name)} {getattr(saved, name)}" for name in other)
@@ -339,6 +399,8 @@ def check(cfg: TrainConfig) -> None:
         for name in ("cache_features", "gradcache"):
             trained = f"{dashed(name)} keeps the tokens of a frozen ViT, here it is trained: add --freeze-vit"
             expect(not getattr(cfg, name), trained)
+    alone = not cfg.gradcache or "itc" in cfg.losses.split(",")
+    expect(alone, f"--gradcache is for ITC, which --losses {cfg.losses} leaves out: leave it out too")
     share = cfg.batch / world_size()
     micro = cfg.micro_batch or share
     fitting = math.ceil(share / math.ceil(micro)) * math.ceil(micro) * world_size()

@@ -283,19 +283,26 @@ def image_loader(images: Mixture | ImageFiles, image_size: int, batches: list[li
 # --- what a training opens -------------------------------------------------------------------------------------------
 
 
-def open_train_and_val(cfg) -> tuple[Mixture, Mixture | None]:
-    """The images to train on, and those to validate on if there are any."""
-    train, val = open_with_answers(cfg, "data", cfg.data, "train"), None
+def open_train(cfg) -> Mixture:
+    """All images of --data, before any are held out."""
+    return open_with_answers(cfg, "data", cfg.data, "train")
+
+
+def split_validation(cfg, images: Mixture) -> tuple[Mixture, Mixture | None]:
+    """The images to train on, and those to validate on if there are any; without ITC retrieval has nothing to rank."""
+    if "itc" not in cfg.losses.split(","):
+        return images, None
     if cfg.val_photos:
-        return train.held_out(cfg.val_photos)
+        return images.held_out(cfg.val_photos)
     if cfg.val_data or cfg.data == ["shapes"]:
-        val = open_with_answers(cfg, "val-data", [cfg.val_data or "shapes"], "val")
-    return train, val
+        return images, open_with_answers(cfg, "val-data", [cfg.val_data or "shapes"], "val")
+    return images, None
 
 
 def open_with_answers(cfg, flag: str, specs: list[str], split: str) -> Mixture:
     """The images of a flag, with captions or questions. Refuses questions without answers, also in validation."""
-    images = open_images(specs, split, cfg.image_size, cfg.images, questions=cfg.stage == "vqa")
+    size = cfg.image_size or 64  # of the shapes world: it is drawn before the recipe is known, and resized
+    images = open_images(specs, split, size, cfg.images, questions=cfg.stage == "vqa")
     count = sum(part.unanswered for part in images.parts)
     expect(
         not count,

@@ -13,6 +13,7 @@ written into the result together with a hash of the split. With --out, an interr
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from data import ImageFiles, decoding_workers, image_loader
 from engine.device import DEVICES, PRECISIONS, choose_precision, local_device
 from engine.distributed import print0, rank, start_processes
 from engine.errors import Parser, at_least_1, check_output, expect, read_json, read_text, run_command
-from engine.log import clock
+from engine.progress import clock, progress
 from sources.annotations import check_spec, open_images
 from sources.images import images_in, open_image
 from sources.shapes import SPLITS
@@ -33,12 +34,13 @@ from sources.text import fill_template
 from tasks.attention_maps import draw_attention
 from tasks.batches import IMAGES, PartialResults
 from tasks.features import write_features
-from tasks.presets import PRESETS, REPORTS, TASKS, partial_folder, provenance, write_result
+from tasks.presets import PRESETS, REPORTS, TASKS, partial_folder, provenance, write_json, write_result
 from tasks.shapes_qa import shapes_vqa
 
 # The image that ships with the code, and what is asked about it by default.
 PICTURE = os.path.relpath(TINY / "picture.png")
 FIRST_QUESTIONS = ("how many shapes are there?", "what color is the star?", "is the cross small or large?")
+PENALTIES = ("length_penalty", "repetition_penalty", "min_new_tokens")  # flags of ask and captions
 
 
 def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
@@ -46,12 +48,13 @@ def ask(model: Blip2, args: argparse.Namespace) -> list[dict]:
     path, built_in = Path(args.image), args.image == PICTURE and model.llm is not None
     paths = images_in(path) if path.is_dir() else [path]
     questions = args.question or (list(FIRST_QUESTIONS) if built_in and not args.prompt else [])
-    decoding = {"num_beams": args.beams}
-    if args.max_new_tokens is not None:
-        decoding["max_new_tokens"] = args.max_new_tokens
+    given = {key: getattr(args, key) for key in ("max_new_tokens", *PENALTIES)}
+    decoding = {"num_beams": args.beams} | {key: value for key, value in given.items() if value is not None}
     rows, started = [], time.time()
     batches = list(map(list, chunked(range(len(paths)), IMAGES)))
-    for readable, broken, pixels in image_loader(ImageFiles(paths), model.image_size, batches, workers_of(args)):
+    loader = image_loader(ImageFiles(paths), model.image_size, batches, workers_of(args))
+    # On a terminal the answers themselves show how far it is.
+    for readable, broken, pixels in loader if sys.stdout.isatty() else progress(loader, "images"):
         for reason in broken.values():
             expect(len(paths) > 1, reason)
             print0(f"skipped: {reason}")
@@ -132,10 +135,11 @@ def evaluate(model: Blip2, args: argparse.Namespace, preset: dict, changed: dict
     print0(f"preset {args.preset}: {choices}")
     folder = partial_folder(args.out, identity | {"images": images.fingerprint()}) if args.out else None
     partial = PartialResults(folder)
-    result = identity | TASKS[args.command](model, images, workers=workers_of(args), partial=partial, **how)
-    if args.predictions and rank() == 0:
-        Path(args.predictions).write_text(json.dumps(result["predictions"]) + "\n")
-    return result
+    try:
+        return identity | TASKS[args.command](model, images, workers=workers_of(args), partial=partial, **how)
+    except KeyboardInterrupt:
+        how = "stopped: type the same command again to go on" if folder and partial.done else ""
+        raise KeyboardInterrupt(how) from None
 
 
 def read_candidates(path: str) -> list[str]:
@@ -153,6 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of all commands."""
     parser = Parser(prog="python eval.py", description=__doc__)
     parser.set_defaults(data=["shapes"], preset="", split=None, candidates=None, predictions=None, attention=None)
+    parser.set_defaults(repetition_penalty=None)
     commands = parser.add_subparsers(dest="command", required=True)
     about = {
         "ask": "caption an image, or answer questions about it",
@@ -169,8 +174,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parsers[command].add_argument(name, **settings)
 
     every, preset, generated = tuple(about), tuple(TASKS), ("captions", "vqa")
-    flag("--checkpoint", ("ask",), default=os.path.relpath(TINY / "blip2"), help="a run, or a public checkpoint")
-    flag("--checkpoint", every[1:], required=True, help="a run, or a public checkpoint")
+    opened = "a run, one of its checkpoints (runs/stage1/best, runs/stage1/step-000500), or a public checkpoint"
+    flag("--checkpoint", ("ask",), default=os.path.relpath(TINY / "blip2"), help=opened)
+    flag("--checkpoint", every[1:], required=True, help=opened)
     for command in preset:
         names = [name for name, choices in PRESETS.items() if choices["task"] == command]
         flag("--preset", (command,), default=f"{command}-v1", choices=names, help=f"default {command}-v1")
@@ -192,6 +198,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--word", ("ask",), help="with --attention: Grad-CAM for this word")
     flag("--beams", ("ask",), type=at_least_1, default=5)
     flag("--max-new-tokens", ("ask",), type=at_least_1, help="default 30 for captions, 10 for answers")
+    for name, kind in zip(PENALTIES, (float, float, at_least_1)):
+        flag(f"--{name.replace('_', '-')}", ("ask", "captions"), type=kind, help="of the search; see generate.py")
     flag("--images", ("features",), required=True, help="the folder of the images")
     flag("--texts", ("features",), help="a text file: the features of its lines as well")
     either = dict(action="append", default=argparse.SUPPRESS, help="an annotation file, or shapes; default shapes")
@@ -220,12 +228,17 @@ def check(args: argparse.Namespace) -> None:
         expect(args.attention or not (args.word or args.queries), unused)
         other = f"--attention {args.attention} is no image file: let it end in .png"
         expect(not args.attention or Path(args.attention).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"), other)
+    path = Path(args.checkpoint)
+    there = ", ".join(sorted(file.parent.name for file in path.parent.glob("[!.]*/config.json")))
+    expect(path.exists() or not there, f"--checkpoint {path} does not exist: in {path.parent} there are {there}")
     for spec in args.data:
         check_spec(spec)
     answers = "eval.py vqa needs --data with questions; for the shapes world use: python eval.py answers"
     expect(args.command != "vqa" or "shapes" not in args.data, answers)
     wrong = f"got --split {args.split} of the shapes world, expected {', '.join(SPLITS)}"
     expect(args.data != ["shapes"] or args.split in (None, *SPLITS), wrong)
+    wrong = f"got --repetition-penalty {args.repetition_penalty}, expected above 0"
+    expect(args.repetition_penalty is None or args.repetition_penalty > 0, wrong)
     for flag in ("out", "predictions", "attention"):
         check_output(flag, getattr(args, flag))
 
@@ -246,12 +259,12 @@ def main(argv: list[str] | None = None) -> dict | list | None:
         return chat(model, Path(args.image))
     print0(f"{args.checkpoint} on {device}, {precision} ({why})")
     if args.command == "features":
-        texts = read_text(args.texts).splitlines() if args.texts else []
+        texts = [line.rstrip("\n") for line in io.StringIO(read_text(args.texts))] if args.texts else []
         return write_features(model, images_in(Path(args.images)), texts, args.out, workers_of(args))
     if args.command == "ask":
         rows = ask(model, args)
         if args.out and rank() == 0:
-            Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
+            write_json(Path(args.out), rows, indent=2)
         return rows
     if args.command == "answers":
         model.need_llm()
@@ -259,6 +272,8 @@ def main(argv: list[str] | None = None) -> dict | list | None:
     else:
         result = evaluate(model, args, preset, changed)
     print0(REPORTS[result["task"]][1](result))
+    if args.predictions and rank() == 0:
+        write_json(Path(args.predictions), result["predictions"])
     if args.out and rank() == 0:
         write_result(Path(args.out), result)
         shutil.rmtree(partial_folder(args.out), ignore_errors=True)

@@ -3,7 +3,8 @@
 The interface of a language model, one class; docs/faq.md lists where a third one is registered:
 
     cfg, grad_checkpointing, init_weights()           with vocab_size, width, depth, heads, mlp; bool; random weights
-    prompt_format, width, max_positions, fits_fp16    `PromptFormat`; L; None: no limit; False: overflows in fp16
+    prompt_format, presets                            `PromptFormat`; name -> configuration, for --llm NAME
+    width, max_positions, fits_fp16                   L; None: no limit; False: overflows in fp16
     embed(ids)                                        (B, T) -> (B, T, L)
     forward(prompt, prompt_mask, target)              logits (B, T, W) of the target's tokens, given the prompt
     decoder_for(prompt, prompt_mask, max_new_tokens)  start, step, select of generate.py; append, expand for scoring
@@ -41,6 +42,7 @@ class PromptFormat:
     padding_side: str  # of the prompts of a batch
     prefix_lm: bool  # stage 2 predicts a caption's suffix given its prefix (paper 3.3); else all of it
     template: str  # of questions, unless --template is passed
+    padding: str = "<pad>"  # token
 
 
 def causal_mask(real: Tensor, rows: int) -> Tensor:
@@ -108,6 +110,11 @@ class OPT(nn.Module):
     """
 
     prompt_format = PromptFormat("</s>", "", "\n", " ", "left", prefix_lm=False, template="Question: {} Answer:")
+    presets = {  # the paper's (3.4), and the smallest
+        "opt-125m": OPTConfig(width=768, depth=12, heads=12, mlp=3072, embed_width=768),
+        "opt-2.7b": OPTConfig(),
+        "opt-6.7b": OPTConfig(width=4096, depth=32, heads=32, mlp=16384, embed_width=4096),
+    }
     fits_fp16 = True
 
     def __init__(self, cfg: OPTConfig):
@@ -374,6 +381,7 @@ class T5(nn.Module):
     suffix. Positions are relative, so prompts are right-padded: no gap after the visual embeddings."""
 
     prompt_format = PromptFormat("", "</s>", "</s>", "", "right", prefix_lm=True, template="Question: {} Short answer:")
+    presets = {"flan-t5-xl": T5Config(), "flan-t5-xxl": T5Config(width=4096, heads=64, mlp=10240)}
     fits_fp16 = False  # its activations overflow there
     max_positions = None
 
@@ -459,16 +467,3 @@ class T5Decoder(LLMDecoder):
             self.memory = [(k[prompts], v[prompts]) for k, v in self.memory]
             self.mask = self.mask[prompts]
         return moved
-
-
-# --- by name ---------------------------------------------------------------------------------------------------------
-
-# The paper's four language models (3.4), and the smallest OPT.
-PRESETS = {
-    "opt-125m": OPTConfig(width=768, depth=12, heads=12, mlp=3072, embed_width=768),
-    "opt-2.7b": OPTConfig(),
-    "opt-6.7b": OPTConfig(width=4096, depth=32, heads=32, mlp=16384, embed_width=4096),
-    "flan-t5-xl": T5Config(),
-    "flan-t5-xxl": T5Config(width=4096, heads=64, mlp=10240),
-}
-LLMS = {OPTConfig: OPT, T5Config: T5}

@@ -13,17 +13,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from engine.distributed import all_gather, all_gather_padded, all_sum, fetch_rows, rank, world_size
-from losses import (
-    IGNORE,
-    Negatives,
-    draw_negatives,
-    itc_loss,
-    itc_similarity,
-    itg_loss,
-    itm_loss,
-    lm_loss,
-    random_numbers,
-)
+from losses import IGNORE, draw_negatives, itc_loss, itc_similarity, itg_loss, itm_loss, lm_loss, random_numbers
 from qformer import ImageKV, QFormer, QueryCache
 from vit import ViT
 
@@ -92,9 +82,16 @@ class Blip2Model(nn.Module):
             self.vit.resize_positions(self.image_size)
 
     def train_heads(self, objectives: tuple[str, ...]) -> None:
-        """Freeze the ITM head or the LM head where its loss is not among the objectives."""
-        self.itm_head.requires_grad_("itm" in objectives)
-        self.qformer.lm_head.requires_grad_("itg" in objectives)
+        """Freeze what no loss among the objectives reaches: heads, and in the last block what no loss reads."""
+        itc, itm, itg = (name in objectives for name in ("itc", "itm", "itg"))
+        for part in (self.vision_proj, self.text_proj, self.temperature):
+            part.requires_grad_(itc)
+        self.itm_head.requires_grad_(itm)
+        self.qformer.lm_head.requires_grad_(itg)
+        last = self.qformer.blocks[-1]
+        last.ffn_text.requires_grad_(itc or itg)
+        for part in filter(None, (last.cross, last.ffn_query)):
+            part.requires_grad_(itc or itm)
 
     def train(self, mode: bool = True):
         """As usual, but the ViT and the language model stay in eval mode: no dropout."""
@@ -171,7 +168,7 @@ class Blip2Model(nn.Module):
         """The losses of paper 3.2 on one batch; stage 1 minimises their sum. ITC is always computed: ITM draws by it.
 
         totals: denominator of each loss, see `stage1_totals`; by default that of this batch on all ranks.
-        generator: CPU generator of the hard negatives, in the same state on all ranks. hardness: `draw_negatives`.
+        generator: CPU generator of ITM's negatives, equal on all ranks. hardness: `draw_negatives`; 0 without ITC.
         """
         totals = totals or self.stage1_totals([batch])
         with self.autocast():
@@ -187,13 +184,14 @@ class Blip2Model(nn.Module):
             if "itm" in objectives:
                 uniform = random_numbers(len(text_feats_all), generator, self.device)  # (2, N)
                 rows = slice(rank() * len(batch), (rank() + 1) * len(batch))
+                hardness = hardness if "itc" in objectives else 0.0  # else the similarity is not learned
                 negatives = draw_negatives(*sims, same_image, uniform[:, rows], hardness)
                 negative_kv = self.negative_kv(image_tokens, image_kv, negatives.images)
                 texts_all = all_gather_padded(batch.text_ids, batch.text_mask)  # (N, T) each
                 losses["itm"] = self.itm(image_kv, negative_kv, batch, texts_all, negatives, totals["itm"])
             if "itg" in objectives:
                 losses["itg"] = self.itg(batch, cache, totals["itg"])
-        return losses
+        return {name: losses[name] for name in objectives}
 
     def batch_tokens(self, batch: Batch) -> Tensor:
         """ViT tokens (B, P, V) of a batch, computed or from the feature cache."""
@@ -216,15 +214,9 @@ class Blip2Model(nn.Module):
         return [(k[index], v[index]) for k, v in image_kv]
 
     def itm(
-        self,
-        image_kv: ImageKV,
-        negative_kv: ImageKV,
-        batch: Batch,
-        texts_all: list[Tensor],
-        negatives: Negatives,
-        total: Tensor,
+        self, image_kv: ImageKV, negative_kv: ImageKV, batch: Batch, texts_all: list[Tensor], negatives, total: Tensor
     ) -> Tensor:
-        """Image-text matching, bi-directional, over 3B rows:
+        """Image-text matching, bi-directional, over 3B rows (negatives: `losses.Negatives`):
 
         rows          image       text        match
         0  .. B-1     own         own         yes

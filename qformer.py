@@ -90,6 +90,13 @@ def qformer_mask(kind: str, text_mask: Tensor, num_queries: int) -> Tensor:
     return allowed & key_is_real[:, None, None, :]
 
 
+def checked(image_kv: ImageKV) -> ImageKV:
+    """Refuse nothing, or image tokens, in the place of their keys and values."""
+    if image_kv is None or isinstance(image_kv, Tensor):
+        raise ValueError(f"got a {type(image_kv).__name__} as image_kv, expected qformer.image_kv(image_tokens)")
+    return image_kv
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, S, H*K) -> (B, H, S, K)."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
@@ -246,12 +253,12 @@ class QFormer(nn.Module):
         """The joint pass: queries and text under one of the three masks -> query_out, text_out."""
         Q = self.cfg.num_queries
         x = torch.cat((self.queries.expand(len(text_ids), -1, -1), self.embed(text_ids)), dim=1)
-        x = self.run(x, Q, qformer_mask(kind, text_mask, Q), image_kv)
+        x = self.run(x, Q, qformer_mask(kind, text_mask, Q), checked(image_kv))
         return x[:, :Q], x[:, Q:]
 
     def encode_queries(self, image_kv: ImageKV, cache=None) -> Tensor:
         """Queries alone -> query_out (B, Q, D); their self-attention keys and values go into the cache, if given."""
-        batch = image_kv[0][0].shape[0]
+        batch = checked(image_kv)[0][0].shape[0]
         return self.run(self.queries.expand(batch, -1, -1), self.cfg.num_queries, None, image_kv, cache)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -261,7 +268,9 @@ class QFormer(nn.Module):
     def decode_text(self, text_ids: Tensor, text_mask: Tensor, cache, start: int = 0) -> Tensor:
         """Text under the causal mask, after the queries that are in the cache -> text_out (B, T, D).
 
-        text_ids are the tokens from position `start` on; text_mask (B, start + T) covers those before them too.
+        Training and captioning both come here: a mask that looks ahead cannot be written token by token, and shows
+        ITG its labels (`data.qformer_batch`). text_ids are the tokens from position `start` on; text_mask
+        (B, start + T) covers those before them too.
         """
         Q = self.cfg.num_queries
         mask = qformer_mask("itg", text_mask, Q)[:, :, Q + start :]

@@ -1,4 +1,4 @@
-"""Training: `torchrun train.py --stage 1` or `python train.py --stage 1`; the flags and recipes are in config.py.
+"""Training: `torchrun train.py --stage 1` or `python train.py --stage 1`; flags: config.py, recipes: recipes.py.
 
     stage 1             the Q-Former with ITC, ITM and ITG over a frozen ViT (paper 3.2, 3.4)
     stage 2             a frozen language model after the queries (3.3): --stage 2 --init runs/stage1 --llm FOLDER
@@ -33,15 +33,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2 import Blip2
-from config import FINE_TUNING, WITH_LLM, TrainConfig, begin, check, parse_flags, resume, run_folder, with_steps
-from data import Batch, StepSampler, TrainSet, collate_for, loader_workers, open_train_and_val, train_loader
+from config import TrainConfig, begin, check, parse_flags, resume, run_folder
+from data import Batch, StepSampler, TrainSet, collate_for, loader_workers, open_train, split_validation, train_loader
 from engine.checkpoint import GracefulStop, checkpoints, restore, save_checkpoint
 from engine.device import choose_precision, local_device, prepare_cpu
 from engine.distributed import all_sum, gather_objects, print0, rank, start_processes, world_size
 from engine.errors import run_command
 from engine.gradcache import two_pass_losses
-from engine.log import Log, Meter, clock, log_line, loss_bounds, print_start
+from engine.health import Health
+from engine.log import Log, Meter, log_line, print_start
+from engine.progress import clock
 from model import Blip2Model
+from recipes import FINE_TUNING, SMALL_DATA, WITH_LLM
 from tasks.features import cache_tokens
 from tasks.validation import final_evaluation, validate
 
@@ -178,8 +181,10 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
     run, folder, resumed = run_folder(cfg), None, None
     if cfg.resume:
         cfg, folder, resumed = resume(run, cfg, given)
-    else:
-        cfg = begin(run, cfg, given)
+    images = open_train(cfg)  # before the recipe, which depends on their number
+    data_sha256 = images.content_sha256()
+    if not resumed:
+        cfg = begin(cfg, given, images.num_images(10 * SMALL_DATA), images.num_texts())
     check(cfg)
     objectives = ("lm",) if cfg.stage in WITH_LLM else tuple(cfg.losses.split(","))
     device = local_device(cfg.device)
@@ -199,11 +204,10 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
     print_start(model, optimizer, cfg, objectives, micro_batch, candidates)
 
     # --- data
-    images, val = open_train_and_val(cfg)
+    images, val = split_validation(cfg, images)
     if cfg.cache_features:
         for part in filter(None, (images, val)):
             part.cached = cache_tokens(model, part, run.parent / "features", loader_workers(cfg, part))
-    cfg = with_steps(cfg, images.num_texts())
     workers, start = loader_workers(cfg, images), resumed["step"] if resumed else 0
     sampler = StepSampler(images, cfg.seed, micro_batch, accumulate, cfg.steps, start, rank(), world_size())
     print0(f"{len(images):,} training images, {sampler.per_epoch:,} steps an epoch, {workers} loader workers")
@@ -214,7 +218,7 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
     best, trained_s = -1.0, 0.0
     torch.manual_seed(cfg.seed + rank())  # dropout from here on
     if resumed:
-        best, trained_s = restore(folder, resumed, model, optimizer, scaler)
+        best, trained_s = restore(folder, resumed, model, optimizer, scaler, data_sha256)
     ddp = model
     if world_size() > 1:  # all ranks have the same weights already
         ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
@@ -223,12 +227,11 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
     if rank() == 0 and not resumed and checkpoints(run):  # --overwrite: only after all checks have passed
         shutil.rmtree(run)
     log = Log(run, start, asdict(cfg), f"{device}, {precision}")
-    meter = Meter(objectives, cfg.batch, len(images), device, trained_s)
-    bounds = loss_bounds(objectives, candidates, (model.qformer if model.llm is None else model.llm).cfg.vocab_size)
+    meter, health = Meter(objectives, cfg.batch, len(images), device, trained_s), Health(cfg, TEMPERATURES)
 
     def save(step: int, best: float, is_best: bool = False) -> None:
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "trained_s": meter.trained_s}
-        save_checkpoint(run, step, model, {**state, "best": best}, cfg, is_best)
+        save_checkpoint(run, step, model, {**state, "best": best, "data": data_sha256}, cfg, is_best)
 
     def validates(step: int) -> bool:
         return val is not None and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
@@ -244,14 +247,15 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
         losses, norm = optimize(ddp, optimizer, scaler, micro_batches, cfg, objectives, step)
         meter.add(lr, losses, norm, model.temperature, micro_batches)
 
-        due = step % cfg.log_every == 0 or step == cfg.steps
+        due = step % cfg.log_every == 0 or step in (start + 1, cfg.steps)
         saves = step % cfg.save_every == 0 or step == cfg.steps
         stopping = bool(all_sum(torch.tensor(float(stop.requested))))  # on the CPU: the host does not wait
         if not (due or validates(step) or saves or stopping):
             continue
         rows = meter.read(step, scaled=scaler.is_enabled())
         log.write(*rows)
-        print0(log_line(rows[-1], cfg, bounds))
+        hardness = hardness_at(step, cfg)
+        print0(log_line(rows, cfg, objectives, hardness), *health.unusual(rows, hardness))
         if saves or stopping:  # before the validation, whose failure then loses nothing
             save(step, best)
         if stopping:

@@ -73,10 +73,11 @@ def read_state(folder: Path) -> dict:
         raise UserError(f"--resume: the state in {folder} cannot be read ({why}): {how}") from None
 
 
-def restore(folder: Path, state: dict, model, optimizer, scaler) -> tuple[float, float]:
+def restore(folder: Path, state: dict, model, optimizer, scaler, data_sha256: str) -> tuple[float, float]:
     """Restore weights, optimizer, scaler and random numbers of a checkpoint -> best score, seconds trained so far."""
     config = read_json(folder / "config.json")
     how = "put the old ones back, or start another run with --out"
+    expect(state.get("data", data_sha256) == data_sha256, f"--resume: --data holds other records than before: {how}")
     for part, source in model.sources.items():
         other = f"--resume: {source.spec} has other weights than the run was trained over: {how}"
         expect(part == "bert" or config.get(f"{part}_sha256") == source.sha256, other)
@@ -94,6 +95,8 @@ def restore(folder: Path, state: dict, model, optimizer, scaler) -> tuple[float,
 class GracefulStop:
     """Ctrl-C and SIGTERM end the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
 
+    ANSWER = b"\nstopping after this step, or after the validation that runs, with a checkpoint; again: at once\n"
+
     def __enter__(self):
         self.requested = False
         self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -106,4 +109,6 @@ class GracefulStop:
     def request(self, number, frame):
         """The signal handler."""
         self.requested = True
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, self.ANSWER)  # print is not safe in a signal handler
         signal.signal(number, self.previous[number])

@@ -18,6 +18,12 @@ def start_processes() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
+def leave_processes() -> None:
+    """Leave the process group, if any: threads of gloo that outlive the interpreter may abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     """The rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

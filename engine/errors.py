@@ -5,8 +5,11 @@ import difflib
 import json
 import re
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+from engine.distributed import leave_processes, rank
 
 
 class UserError(Exception):
@@ -20,14 +23,24 @@ def expect(condition: object, sentence: str) -> None:
 
 
 def run_command(main) -> int:
-    """Run a command line and return its exit status; a UserError becomes its sentence and status 2, no traceback."""
+    """Run a command line and return its exit status: without a traceback, a UserError becomes its sentence and status
+    2, Ctrl-C the sentence of its KeyboardInterrupt, if any, and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a caption or file name that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
+    clear = "\r\033[K" * sys.stderr.isatty()  # a line of `progress`
     try:
         main()
-        return 0
     except UserError as error:
         sentence = str(error).rpartition("UserError: ")[2].strip()  # a loader worker wraps it in its own traceback
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"{clear}error: {sentence}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        if rank() == 0:
+            print(f"{clear}{str(stop) or 'stopped'}", file=sys.stderr, flush=True)
+        return 130
+    leave_processes()
+    return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,10 +63,19 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
+def expect_fetched(path: str | Path) -> None:
+    """Refuse the pointer that Git leaves in the place of a large file until `git lfs pull`."""
+    if Path(path).is_file():  # a pipe can be read only once
+        with open(path, "rb") as file:
+            pointer = file.read(23) == b"version https://git-lfs"
+        expect(not pointer, f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull in its folder")
+
+
 @contextmanager
 def reading(path: Path):
     """Report a text file that cannot be read as a UserError."""
     try:
+        expect_fetched(path)
         yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
@@ -74,7 +96,7 @@ def read_json(path: str | Path):
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        how = "write it again, or name it .jsonl if it has one record a line"
+        how = "write or fetch it again, or name it .jsonl if it has one record a line"
         raise UserError(f"{path} is not valid JSON ({error}): {how}") from None
 
 
@@ -91,8 +113,12 @@ def read_json_lines(path: str | Path):
 
 
 def check_output(flag: str, path: str | Path | None) -> None:
-    """Refuse an output file whose folder does not exist, or that is a folder itself."""
+    """Refuse an output file that is a folder, or in whose folder no file can be written."""
     if path is not None:
         folder = Path(path).parent
         expect(not Path(path).is_dir(), f"--{flag} {path} is a folder: pass the name of a file in it")
         expect(folder.is_dir(), f"--{flag} {path}: the folder {folder} does not exist, create it first")
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"--{flag} {path} cannot be written ({error.strerror}): pass another folder") from None

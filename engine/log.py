@@ -12,16 +12,10 @@ from torch import Tensor, nn
 from engine.device import peak_gigabytes
 from engine.distributed import all_sum, gather_objects, print0, rank, world_size
 from engine.errors import expect
+from engine.progress import clock
 from losses import ITM_PRIOR, smoothing_floor
 
 BROKEN_SHARE = 0.01  # above this share of unreadable images a run stops
-
-
-def clock(seconds: float) -> str:
-    """ "2h05m", "3m10s", "12s"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
@@ -95,7 +89,12 @@ def print_start(model, optimizer, cfg, objectives: tuple[str, ...], micro_batch:
     if "itc" in objectives:
         more = "; accumulation adds none" + " (--gradcache does)" * (not model.vit_is_trained)
         print0(f"ITC: 1 positive + {candidates - 1} negatives per image" + more * (cfg.batch > candidates))
-    print0("(minimum under label smoothing, chance level) follow each loss")
+    elif "lm" not in objectives:
+        print0("without ITC, ITM's negatives are random, and retrieval, which ITC ranks, is not evaluated")
+    bounds = loss_bounds(objectives, candidates, (model.qformer if model.llm is None else model.llm).cfg.vocab_size)
+    between = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in bounds.items())
+    print0(f"losses, from the minimum under label smoothing to chance: {between}")
+    print0("lines: means since the last one; hard: ITM's negatives; norm: of the gradient; images a second, time left")
 
 
 def loss_bounds(objectives: tuple[str, ...], candidates: int, words: int) -> dict[str, tuple[float, float]]:
@@ -112,16 +111,17 @@ def loss_bounds(objectives: tuple[str, ...], candidates: int, words: int) -> dic
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def log_line(row: dict, cfg, bounds: dict) -> str:
-    """A step in one line; (minimum, chance level) follow each loss."""
-    step, eta = row["step"], (cfg.steps - row["step"]) * cfg.batch / row["images_per_s"]
-    losses = "  ".join(f"{name} {row[name]:.3f} ({low:.2f} to {high:.2f})" for name, (low, high) in bounds.items())
-    temperature = f"temp {row['temperature']:.3f} | " if "itc" in bounds else ""
-    return (
-        f"step {step:{len(str(cfg.steps))}}/{cfg.steps} | {losses} | {temperature}lr {row['lr']:.1e} | grad norm "
-        f"{row['norm']:.1f} | {row['images_per_s']:.0f} img/s | data wait {row['waited']:.0%} | "
-        f"{row['gigabytes']:.1f} GB | eta {clock(eta)}"
-    )
+def log_line(rows: list[dict], cfg, objectives: tuple[str, ...], hardness: float) -> str:
+    """The steps since the last line in one, under 100 characters: means of losses and gradient norm."""
+    last = rows[-1]
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in (*objectives, "norm")}
+    losses = " ".join(f"{name} {mean[name]:.3f}" for name in objectives)
+    hard = f"hard {hardness:.0%} " if "itm" in objectives and hardness < 1 else ""
+    temperature = f"temp {last['temperature']:.3f} " if "itc" in objectives else ""
+    eta = clock((cfg.steps - last["step"]) * cfg.batch / last["images_per_s"])
+    step = f"step {last['step']:{len(str(cfg.steps))}}/{cfg.steps}"
+    optimizer = f"{hard}{temperature}lr {last['lr']:.1e} norm {mean['norm']:.1f}"
+    return f"{step}  {losses}  {optimizer}  {last['images_per_s']:.0f}/s {eta}"
 
 
 class Log:

@@ -13,6 +13,7 @@ A source is a sequence of samples. A sample is one image with its texts and has
 
 import hashlib
 import json
+import os
 from array import array
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +22,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from engine.distributed import print0
 from engine.errors import UserError, expect
+from engine.progress import progress
 from sources import shapes
 from sources.images import decode_crop, eval_transform, image_header, open_image, train_transform
 from sources.layouts import stream_records
-from sources.text import is_text, says_left_or_right
+from sources.text import is_string, is_text, says_left_or_right
 
 Target = tuple[str, str]  # ("", caption) or (question, answer)
 
@@ -52,13 +55,12 @@ class AnnotatedImage(Sample):
     def name(self) -> str:
         """Path of the image: in the first folder that has it, else in the last."""
         paths = [folder / self.record["image"] for folder in self.folders]
-        return str(next((path for path in paths[:-1] if path.exists()), paths[-1]))
+        return str(next(filter(os.path.exists, paths[:-1]), paths[-1]))
 
     @property
     def key(self) -> str:
         """Its image_id, else its file name."""
-        image_id = self.record.get("image_id")
-        return str(self.record["image"] if image_id is None else image_id)
+        return str(self.record.get("image_id", self.record["image"]))
 
     def open(self) -> Image.Image:
         """The upright RGB image."""
@@ -72,33 +74,49 @@ class AnnotatedImage(Sample):
         return train_transform(*crop, size, rng, not says_left_or_right(texts))
 
     def texts(self) -> list[Target]:
-        """The captions; or the question with each of its answers, which people may have given several times."""
+        """The captions; or the question with each of its answers, which people may have given several times. One that
+        gave none teaches nothing."""
         if "question" in self.record:
-            return [(self.record["question"], answer) for answer in self.record["answer"]]
+            return [(self.record["question"], answer) for answer in self.record["answer"] if answer.strip()]
         return [("", caption) for caption in self.captions]
 
 
 class AnnotationFile:
     """An annotation file of captions, or with `questions` of questions, and the folders of its images.
 
-    The layout of the file is any of layouts.py. Images are looked for in the folders `images`, in turn, by default in
-    the file's own. All records are checked at once, then kept as one block of bytes, which the loader's workers share
-    instead of copying.
+    The layout of the file is any of layouts.py, or it is a folder. Images are looked for in the folders `images`, in
+    turn, by default in the file's own. All records are checked at once, then kept as one block of bytes, which the
+    loader's workers share instead of copying.
     """
 
     group_size = 1  # consecutive images that stay in one batch
 
     def __init__(self, path: str | Path, split="train", images: list | None = None, questions=False, need_texts=True):
         """need_texts: refuse images without a caption. (Questions of a test set have no answers.)"""
-        self.path, self.folders, self.asks = Path(path), [Path(f) for f in images or [Path(path).parent]], questions
+        self.path, self.asks = Path(path), questions
+        self.folders = [Path(f) for f in images or [path if Path(path).is_dir() else Path(path).parent]]
         self.need_texts = need_texts and not questions
-        self.num_texts, self.unanswered = 0, 0  # captions or questions; questions without an answer
+        self.num_texts, self.unanswered, self.empty = 0, 0, 0  # captions or questions; these without an answer, a word
         check_spec(self.path)
-        content, offsets = bytearray(), array("q", [0])
-        for record in self.checked(stream_records(self.path, split)):
+        content, offsets, ids = bytearray(), array("q", [0]), (array("q"), array("q"))
+        for record in progress(self.checked(stream_records(self.path, split)), f"reading {self.path}"):
             content += json.dumps(record).encode()
             offsets.append(len(content))
+            ids[0].append(hash(AnnotatedImage(record, []).key))
+            ids[1].append(hash(record["image"]))
         self.bytes, self.offsets = np.frombuffer(content, np.uint8), np.frombuffer(offsets, np.int64)
+        if self.empty:
+            print0(f"{self.path}: {self.empty:,} captions without a word are left out")
+        self.tell_shared_ids(*map(np.array, ids))
+
+    def tell_shared_ids(self, ids: np.ndarray, files: np.ndarray) -> None:
+        """Print whether records of different files, both given as hashes, have one image_id."""
+        _, first, group = np.unique(ids, return_index=True, return_inverse=True)
+        others = np.flatnonzero(files != files[first[group]])
+        if len(others):
+            names = " and ".join(self[index].record["image"] for index in (first[group[others[0]]], others[0]))
+            count = f"{len(np.unique(ids[others])):,} image_ids are of several files, which count as one image"
+            print0(f"{self.path}: {count}: {self[others[0]].key} of {names}; remove them if that is wrong")
 
     def checked(self, records):
         """Yield every record with its captions or answers as a list; UserError with the first bad ones."""
@@ -111,15 +129,17 @@ class AnnotationFile:
                 problems.append(f'record {number} has {got}, expected "image" and "{needed}"')
                 continue
             texts = record.get(text, [])
-            texts = texts if isinstance(texts, list) else [texts]
-            empty = [text] if not all(map(is_text, texts)) or (self.need_texts and not texts) else []
-            empty += ["question"] if self.asks and not is_text(record["question"]) else []
-            if empty:
-                problems.append(f"record {number} ({record['image']}) has an empty {empty[0]}: write one, or remove it")
+            words = texts if self.asks else list(filter(is_text, texts))
+            lacks = not is_text(record["question"]) if self.asks else self.need_texts and not words
+            wrong = [f"an empty {needed}"] if lacks else []
+            wrong += ["an answer that is no text"] if self.asks and not all(map(is_string, texts)) else []
+            if wrong:
+                problems.append(f"record {number} ({record['image']}) has {wrong[0]}: write one, or remove it")
                 continue
-            self.num_texts += 1 if self.asks else len(texts)
-            self.unanswered += self.asks and not texts
-            yield {key: value for key, value in record.items() if self.asks or key != "question"} | {text: texts}
+            self.num_texts += 1 if self.asks else len(words)
+            self.unanswered += self.asks and not any(map(str.strip, texts))
+            self.empty += len(texts) - len(words)
+            yield {key: value for key, value in record.items() if self.asks or key != "question"} | {text: words}
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise UserError(f"{self.path}: {'; '.join(problems[:3])}{more}")
@@ -133,23 +153,23 @@ class AnnotationFile:
 
     def content_sha256(self) -> str:
         """Hash of all records: identifies the split of the data set."""
-        return hashlib.sha256(self.bytes.tobytes()).hexdigest()
+        return hashlib.sha256(self.bytes).hexdigest()
 
     def fingerprint(self) -> str:
         """Changes when any image or their order does."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             path = Path(self[index].name)
-            stat = path.stat() if path.exists() else None
-            digest.update(f"{path.name} {stat and stat.st_size} {stat and stat.st_mtime_ns}\n".encode())
+            stat = path.stat() if os.path.exists(path) else None
+            state = f"{path.name} {stat and stat.st_size} {stat and stat.st_mtime_ns}\n"
+            digest.update(state.encode(errors="surrogatepass"))  # a file's name need not be UTF-8
         return digest.hexdigest()
 
 
 def check_spec(spec: str | Path, flag: str = "data") -> None:
-    """Refuse a --data that is neither the shapes world nor a file."""
-    is_source = spec == "shapes" or Path(spec).is_file()
-    got = "is a folder" if Path(spec).is_dir() else "does not exist"
-    expect(is_source, f"--{flag} {spec} {got}: expected a .json or .jsonl file, or the word shapes")
+    """Refuse a --data that is neither the shapes world nor a file or folder."""
+    kinds = "an annotation file, a folder of images with a .txt beside each, or the word shapes"
+    expect(spec == "shapes" or os.path.exists(spec), f"--{flag} {spec} does not exist: expected {kinds}")
 
 
 # --- the shapes world ------------------------------------------------------------------------------------------------
@@ -236,12 +256,17 @@ class Mixture:
     def image_id(self, index: int) -> int:
         """A stable int64 of the image: the number of its part and a hash of its key there."""
         part, row = self.locate(index)
-        digest = hashlib.sha256(self.parts[part][row].key.encode()).digest()
+        digest = hashlib.sha256(self.parts[part][row].key.encode(errors="surrogatepass")).digest()
         return part << 48 | int.from_bytes(digest[:6], "big")
 
     def num_texts(self) -> int:
         """Captions, or questions: what an epoch shows."""
         return round(sum(part.num_texts for part in self.parts) * len(self) / self.starts[-1])
+
+    def num_images(self, enough: int) -> int:
+        """How many different images; from `enough` rows on the rows, because looking at each takes long."""
+        rows = progress(range(len(self)), "counting images") if len(self) < enough else ()
+        return len({self.image_id(row) for row in rows}) or len(self)
 
     def content_sha256(self) -> str:
         """Changes when any text does."""

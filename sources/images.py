@@ -1,7 +1,9 @@
 """Image files of any kind -> upright RGB images -> uint8 tensors."""
 
 import math
-from contextlib import contextmanager
+import os
+from contextlib import contextmanager, suppress
+from io import BytesIO, IOBase
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,13 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import UserError, expect
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000  # a larger image is taken for a mistake or an attack
 Image.MAX_IMAGE_PIXELS = None  # `image_header` checks instead, with a message of its own
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = {flag: Image.Transpose[turn] for flag, turn in enumerate(TURNS.split(), start=2)}  # by the camera's flag
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -22,8 +26,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 def open_image(path: str | Path) -> Image.Image:
     """A file of any common kind as an upright RGB image. Raises UserError that names the file and the fix.
 
-    16-bit, grey, CMYK and palette images are converted, transparent parts become white, of an animation the first
-    frame is taken, and the camera's rotation flag is obeyed.
+    16- and 32-bit, grey, CMYK and palette images are converted, transparent parts become white, of an animation the
+    first frame is taken, and the camera's rotation flag is obeyed.
     """
     with image_header(path) as image:
         return to_rgb(image)
@@ -32,23 +36,29 @@ def open_image(path: str | Path) -> Image.Image:
 @contextmanager
 def image_header(path: str | Path):
     """An image of which only the header has been read. Failing to read the rest inside is a UserError too."""
+    name = path if isinstance(path, (str, os.PathLike)) else "the image"
     try:
         image = Image.open(path)
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UserError(f"{path} has {width} x {height} pixels, expected at most {MAX_PIXELS:,}: resize it first")
+        too_large = f"has {width} x {height} pixels, expected at most {MAX_PIXELS:,}: resize it first"
+        expect(width * height <= MAX_PIXELS, too_large)
         yield image
+    except UserError as error:
+        raise UserError(f"{name} {error}") from None
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the name, and for annotations the folder (--images)") from None
+        raise UserError(f"{name} does not exist: check the name, and for annotations the folder (--images)") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image that Pillow can read: convert it to JPEG or PNG") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is broken or cut short ({error}): copy it again, or remove its record") from None
+        kind = "not an image that Pillow can read: convert it to JPEG or PNG"
+        empty = name == path and not os.path.getsize(path)
+        raise UserError(f"{name} is {'empty: copy it again' if empty else kind}") from None
+    except Exception as error:  # Pillow raises every kind for a file with wrong bytes in it
+        raise UserError(f"{name} is broken or cut short ({error}): copy it again, or remove its record") from None
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted by name; at least one."""
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    """The image files of a folder, sorted by name; at least one. Hidden ones are none: macOS writes ._a.jpg."""
+    found = folder.iterdir() if folder.is_dir() else []
+    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not paths:
         raise UserError(f"{folder} has no images in it, expected a folder of files that end in {', '.join(SUFFIXES)}")
     return paths
@@ -57,16 +67,65 @@ def images_in(folder: Path) -> list[Path]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image -> RGB, upright, on white."""
     image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip, not scale
-        grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
+    flag = rotation_flag(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = to_8_bit(image)
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image = image.transpose(UPRIGHT[flag]) if flag in UPRIGHT else image
+    image.info = {}  # it has the flag, which has been obeyed
+    return image
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """A grey image of 16- or 32-bit numbers -> 8 bits. Pillow would clip them; what they are says how to scale them."""
+    values = np.asarray(image, np.float32)
+    low, high = values.min(), values.max()
+    tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    top = next((top for top in tops if 0 <= low and high <= top), None)
+    expect(top, f"has values from {low:g} to {high:g}, expected 0 to {' or '.join(map(str, tops))}: scale them")
+    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+
+
+def rotation_flag(image: Image.Image) -> int | None:
+    """How the camera was held, if the image says so readably."""
+    with suppress(Exception):  # Pillow raises every kind for odd entries
+        return image.getexif().get(ExifTags.Base.Orientation)
+
+
+def as_image(image) -> Image.Image:
+    """A path, the bytes of an image file, an open one, a Pillow image, or what `as_uint8` takes -> upright RGB."""
+    if isinstance(image, (bytes, str, os.PathLike, IOBase)):
+        return open_image(BytesIO(image) if isinstance(image, bytes) else image)
+    if isinstance(image, (np.ndarray, Tensor)):
+        image = Image.fromarray(as_uint8(image))
+    expected = "a path, a Pillow image, an array (H, W, 3), a tensor (3, H, W), or the bytes of an image file"
+    expect(isinstance(image, Image.Image), f"got {repr(image):.60} as an image, expected {expected}")
+    return to_rgb(image)
+
+
+def as_uint8(image) -> np.ndarray:
+    """An array (H, W, C) or tensor (C, H, W) with C of 1, 3 or 4, or either (H, W) -> uint8 (H, W, C), grey (H, W).
+
+    Floats from 0 to 1 (torchvision's ToTensor), integers from 0 to 255, uint16 to 65,535; else UserError.
+    """
+    is_tensor = isinstance(image, Tensor)
+    if is_tensor:
+        image = (image.float() if image.is_floating_point() else image).detach().cpu()
+    x = np.asarray(image)
+    got = f"got {'a tensor' if is_tensor else 'an array'} of {x.dtype} and shape {x.shape} as an image"
+    x = np.moveaxis(x, 0, -1) if is_tensor and x.ndim == 3 else x
+    fits = x.size and (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (1, 3, 4))
+    expect(fits, f"{got}, expected {'(3, H, W)' if is_tensor else '(H, W, 3)'}")
+    wanted = "floats from 0 to 1 or integers from 0 to 255: convert it, or pass the image before it is normalised"
+    expect(x.dtype.kind in "fiu", f"{got}, expected {wanted}")
+    low, high = float(x.min()), float(x.max())
+    most = 1 if x.dtype.kind == "f" else 65_535 if x.dtype == np.uint16 else 255
+    expect(0 <= low <= high <= most, f"{got} with values from {low:g} to {high:g}, expected {wanted}")
+    x = (255 * x).round() if most == 1 else x >> 8 if high > 255 else x
+    return x.astype(np.uint8).reshape(x.shape[:2] if x.shape[2:] == (1,) else x.shape)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -87,8 +146,7 @@ def decode_crop(image: Image.Image, size: int, rng: np.random.Generator) -> tupl
     """
     if not isinstance(image, JpegImageFile):
         image = to_rgb(image)
-    sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    width, height = image.size[::-1] if sideways else image.size
+    width, height = image.size[::-1] if rotation_flag(image) in (5, 6, 7, 8) else image.size
     left, top, right, bottom = random_crop(width, height, rng)
     shrink = max(1.0, min(right - left, bottom - top) / size)
     image.draft(None, (int(image.width / shrink), int(image.height / shrink)))

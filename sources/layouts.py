@@ -17,15 +17,18 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
+from engine.distributed import print0
 from engine.errors import UserError, expect, read_json, read_json_lines, read_text
+from engine.progress import progress
+from sources.images import images_in
+
+LINES = (".jsonl", ".ndjson")
 
 
 def read_content(path: str | Path):
     """Values of a .json or .jsonl file, the text of any other."""
-    path = Path(path)
-    if path.suffix == ".json":
-        return read_json(path)
-    return list(read_json_lines(path)) if path.suffix == ".jsonl" else read_text(path)
+    kind = Path(path).suffix.lower()
+    return read_json(path) if kind == ".json" else list(read_json_lines(path)) if kind in LINES else read_text(path)
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -54,7 +57,7 @@ def coco(content, path, split, answers):
     strays = [note["image_id"] for note in notes if note["image_id"] not in captions]
     expect(not strays, f"{path}: {len(strays)} captions have an image_id of no image, {strays[:3]}: download it again")
     for note in notes:
-        captions[note["image_id"]].append(note["caption"].strip())
+        captions[note["image_id"]].append((note["caption"] or "").strip())
     return [
         {"image": image["file_name"], "image_id": image["id"]}
         | ({"caption": captions[image["id"]]} if captions[image["id"]] else {})
@@ -127,8 +130,12 @@ def answered(entry: dict) -> dict:
         answer = [a["answer"] if isinstance(a, dict) else a for a in entry["answers"]]
     elif answer is None and entry.get("correct_choice_idx") is not None:
         answer = entry["choices"][entry["correct_choice_idx"]]
+    if isinstance(answer, str) and "direct_answers" in entry:  # tables hold the list as Python writes it: "['a', 'b']"
+        answer = [one or other for one, other in re.findall(r"""'([^']*)'|"([^"]*)\"""", answer)]
+        expect(answer, f"direct_answers is {entry['direct_answers']!r:.40}, expected a list of answers")
     answer = [answer] if isinstance(answer, str) else answer
-    types = {key: entry[key] for key in ("question_type", "answer_type", "choices") if key in entry}
+    kept = ("question_type", "answer_type", "choices", "difficult_direct_answer", "isBalanced")
+    types = {key: entry[key] for key in kept if key in entry}
     return types | ({} if answer is None else {"answer": answer})
 
 
@@ -177,43 +184,95 @@ def genome_questions(content, path, split, answers):
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
+ALIASES = {"img_id": "image_id", "file_name": "image", "text": "caption"}  # LAVIS's NoCaps; Hugging Face's folders
+VOID = ("", "none", "nan", "<na>", "{}", "[]")  # an image_id that is none, as pandas and json write it
+
+
 def plain(content, path, split, answers):
-    """Records of this project, LAVIS or VizWiz; a single caption or answer becomes a list."""
-    return map(tidy, content)
+    """Records of this project, LAVIS or VizWiz."""
+    return content
 
 
 def tidy(record):
-    """One record; non-objects pass through and are reported later."""
+    """One record by its usual names, caption and answer as lists; non-objects pass through and are reported later."""
     if not isinstance(record, dict):
         return record
-    record = {("image_id" if key == "img_id" else key): value for key, value in record.items()}  # LAVIS's NoCaps
+    record = {key if ALIASES.get(key, key) in record else ALIASES[key]: value for key, value in record.items()}
     if "answer" not in record and isinstance(record.get("answers"), list):
         record |= answered(record)
         del record["answers"]
-    return record | {key: [record[key]] for key in ("caption", "answer") if isinstance(record.get(key), str)}
+    if str(record.get("image_id")).strip().lower() in VOID:
+        record.pop("image_id", None)
+    return record | {key: [record[key]] for key in ("caption", "answer") if not isinstance(record.get(key, []), list)}
+
+
+def columns(content: str) -> tuple[list[str], str]:
+    """The names in the first line of a table, and what is between them."""
+    header = content.split("\n", 1)[0]
+    delimiter = max(",;\t", key=header.count)
+    names = [name.strip(' "').lower() for name in header.split(delimiter)]
+    return [ALIASES.get(name, name) for name in names], delimiter
 
 
 def table(content, path, split, answers):
-    """A table with a header, one record a row."""
-    header = content.split("\n", 1)[0]
+    """A table with a header, one record a row; columns of one name are several captions. Quotation marks have a meaning
+    in CSV, and in TSV only if the header has them too."""
+    names, delimiter = columns(content)
+    literal = delimiter == "\t" and not content.startswith('"')
+    quoting = csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
     lines = io.StringIO(content, newline="")  # a quoted cell may hold line ends
-    rows = csv.DictReader(lines, delimiter="\t" if "\t" in header else ",", skipinitialspace=True)
-    return [tidy({key: value for key, value in row.items() if key and value}) for row in rows]
+    rows, start = csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True), 1
+    try:
+        for cells in rows:
+            fits = not any(cells[len(names) :]) and not (literal and 0 < len(cells) < len(names))
+            expect(fits, f"got {len(cells)} cells, expected {len(names)} as in the header")
+            record: dict[str, list[str]] = {}
+            for name, cell in zip(names, map(str.strip, cells)):
+                if name and cell:
+                    record.setdefault(name, []).append(cell)
+            if record and start > 1:
+                yield {name: texts if name in ("caption", "answer") else texts[0] for name, texts in record.items()}
+            start = rows.line_num + 1
+    except (UserError, csv.Error) as error:
+        quoted = f'put texts with {delimiter!r} or line ends in quotation marks, doubling those inside: "a ""big"" dog"'
+        how = "write spaces for the tabs and line ends inside texts" if literal else quoted
+        raise UserError(f"{path}: line {start}: {error}: {how}") from None
+
+
+def folder_records(folder: Path, split: str = "train") -> tuple[str, list[dict]]:
+    """(name of the layout, records) of a folder: of its metadata file, else of its images, each line of the .txt beside
+    one being a caption."""
+    for metadata in (folder / "metadata.csv", folder / "metadata.jsonl"):
+        if metadata.exists():
+            return open_records(metadata, split)
+    records, paths = [], images_in(folder)
+    for path in progress(paths, f"reading {folder}"):
+        text = path.with_suffix(".txt")
+        lines = read_text(text).split("\n") if text.exists() else []
+        if captions := [line.strip() for line in lines if line.strip()]:
+            records.append({"image": path.name, "caption": captions})
+    lone = f"{folder}: no image has a .txt with captions beside it: write {paths[0].stem}.txt, ..."
+    expect(records, f"{lone}, or pass an annotation file")
+    if alone := len(paths) - len(records):
+        print0(f"{folder}: {alone:,} of {len(paths):,} images are left out, which have no .txt with a caption")
+    return "a folder of images with texts", records
 
 
 # --- which layout it is ----------------------------------------------------------------------------------------------
 
 
-def has(value, *keys: str) -> bool:
-    """Is it an object, or a list that starts with one, with these keys?"""
+def has(value, *keys: str, under: str | None = None) -> bool:
+    """Is it, or what it has `under` a key, an object, or a list that starts with one, with these keys?"""
+    if under:
+        value = value.get(under) if isinstance(value, dict) else None
     value = value[0] if isinstance(value, list) and value else value
     return isinstance(value, dict) and set(keys) <= set(value)
 
 
 def is_table(content) -> bool:
     """A text whose first line names the columns."""
-    columns = re.split(r"[,\t]\s*", content.split("\n", 1)[0].strip()) if isinstance(content, str) else []
-    return "image" in columns and ("caption" in columns or "question" in columns)
+    names = columns(content)[0] if isinstance(content, str) else []
+    return "image" in names and ("caption" in names or "question" in names)
 
 
 def is_gqa(content) -> bool:
@@ -224,13 +283,13 @@ def is_gqa(content) -> bool:
 def is_coco(content) -> bool:
     """Images, and captions or nothing: an instances_*.json, which has boxes, is no caption file."""
     notes = content.get("annotations") if isinstance(content, dict) else None
-    return has(content, "images") and has(content["images"], "file_name", "id") and (not notes or has(notes, "caption"))
+    return has(content, "file_name", "id", under="images") and (not notes or has(notes, "caption"))
 
 
 LAYOUTS = {  # name: (does it fit, its records); the first that fits is taken
-    "Karpathy's dataset_*.json": (lambda c: has(c, "images") and has(c["images"], "filename", "sentences"), karpathy),
+    "Karpathy's dataset_*.json": (lambda c: has(c, "filename", "sentences", under="images"), karpathy),
     "COCO or NoCaps captions": (is_coco, coco),
-    "VQAv2 or OK-VQA questions": (lambda c: isinstance(c, dict) and has(c.get("questions"), "question_id"), vqa),
+    "VQAv2 or OK-VQA questions": (lambda c: has(c, "question_id", under="questions"), vqa),
     "GQA questions": (is_gqa, gqa),
     "Visual Genome regions": (lambda c: isinstance(c, list) and has(c, "regions"), regions),
     "Visual Genome questions": (lambda c: isinstance(c, list) and has(c, "qas"), genome_questions),
@@ -240,7 +299,7 @@ LAYOUTS = {  # name: (does it fit, its records); the first that fits is taken
         flickr,
     ),
     "a table of records": (is_table, table),
-    "a list of records": (lambda c: isinstance(c, list) and has(c, "image"), plain),
+    "a list of records": (lambda c: isinstance(c, list) and (has(c, "image") or has(c, "file_name")), plain),
 }
 
 
@@ -262,9 +321,11 @@ def as_published(path: Path, name: str):
 
 
 def open_records(path: Path, split: str = "train", annotations: Path | None = None) -> tuple[str, list[dict]]:
-    """(name of the layout, records) of a file, or of VQA's two files, in either order."""
+    """(name of the layout, records) of a file or a folder, or of VQA's two files, in either order."""
+    if Path(path).is_dir():
+        return folder_records(Path(path), split)
     content, answers = read_content(path), annotations and read_content(annotations)
-    if isinstance(answers, dict) and has(answers.get("questions"), "question_id"):
+    if has(answers, "question_id", under="questions"):
         content, answers = answers, content  # given the other way round
     unasked = isinstance(content, dict) and "questions" not in content and has(content.get("annotations"), "answers")
     expect(
@@ -280,7 +341,7 @@ def open_records(path: Path, split: str = "train", annotations: Path | None = No
         "file, its *_annotations.json",
     )
     with as_published(path, name):
-        records = list(LAYOUTS[name][1](content, path, split, answers))
+        records = list(map(tidy, LAYOUTS[name][1](content, path, split, answers)))
     expect(records, f"{path} ({name}) has no record: expected at least one")
     return name, records
 
@@ -307,10 +368,10 @@ def describe(content) -> str:
 
 def stream_records(path: Path, split: str = "train"):
     """Yield the records of a file. JSON lines that are records are read one at a time, so that any number fits."""
-    lines = read_json_lines(path) if path.suffix == ".jsonl" else iter(())
+    lines = read_json_lines(path) if path.suffix.lower() in LINES else iter(())
     first = list(islice(lines, 1))
     if layout_of(first) == "a list of records":
         with as_published(path, "a list of records"):
-            yield from plain(chain(first, lines), path, split, None)
+            yield from map(tidy, chain(first, lines))
     else:
         yield from open_records(path, split)[1]

@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 
-from engine.errors import UserError, expect
+from engine.errors import UserError, expect, expect_fetched
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
 
@@ -18,10 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers
 REMOVED = '.!"()*#:;~'  # characters that cleaning removes
 
 
+def is_string(text) -> bool:
+    """A string without lone surrogates, which no tokenizer reads."""
+    return isinstance(text, str) and not re.search("[\ud800-\udfff]", text)
+
+
 def is_text(text) -> bool:
-    """A non-empty string after cleaning, without lone surrogates."""
-    has_words = isinstance(text, str) and re.search(rf"[^\s{REMOVED}]", text)
-    return bool(has_words) and not re.search("[\ud800-\udfff]", text)
+    """A string of which cleaning leaves something."""
+    return is_string(text) and bool(re.search(rf"[^\s{REMOVED}]", text))
 
 
 def clean_caption(caption: str) -> str:
@@ -80,20 +85,29 @@ def truncate(ids: list[int], limit: int, end: list[int]) -> list[int]:
 
 def open_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, from any of the files that the hubs have."""
-    if (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    elif (folder / "vocab.txt").exists():
-        tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"))._tokenizer
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():  # OPT
-        tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))._tokenizer
-        special = ("<s>", "<pad>", "</s>", "<unk>")
-        tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
-    else:
+    kinds = ("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt")  # the last is OPT's
+    files = next(([folder / n for n in names] for names in kinds if all((folder / n).exists() for n in names)), [])
+    if not files:
         more = " (spiece.model is not read: T5 v1.1 has the vocabulary of Flan-T5, whose tokenizer.json fits)"
         raise UserError(
             f"{folder} has no tokenizer: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt in it"
             + more * (folder / "spiece.model").exists()
         )
+    for file in files:
+        expect_fetched(file)
+    paths = [str(file) for file in files]
+    try:
+        if len(paths) == 2:
+            tokenizer = ByteLevelBPETokenizer(*paths)._tokenizer
+            special = ("<s>", "<pad>", "</s>", "<unk>")
+            tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
+        elif files[0].suffix == ".txt":
+            tokenizer = BertWordPieceTokenizer(*paths)._tokenizer
+        else:
+            tokenizer = Tokenizer.from_file(*paths)
+    except Exception as error:  # tokenizers raises nothing narrower
+        why = f"{error}; this is tokenizers {tokenizers.__version__}"
+        raise UserError(f"{' or '.join(paths)} cannot be read ({why}): fetch it again, or update tokenizers") from None
     tokenizer.no_padding()  # some published files have both enabled
     tokenizer.no_truncation()
     return tokenizer
@@ -138,7 +152,7 @@ class LLMTokenizer:
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.start = [self.token(prompt_format.prompt_start)] if prompt_format.prompt_start else []
         self.end = [self.token(prompt_format.prompt_end)] if prompt_format.prompt_end else []
-        self.end_id, self.pad_id = self.token(prompt_format.text_end), self.token("<pad>")
+        self.end_id, self.pad_id = self.token(prompt_format.text_end), self.token(prompt_format.padding)
 
     def token(self, text: str) -> int:
         """The id of a text that is one token."""

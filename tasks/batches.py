@@ -18,7 +18,7 @@ from blip2 import Blip2, EncodedImages, chunked
 from data import ImageFiles, image_loader
 from engine.distributed import all_gather, barrier, gather_objects, print0, rank, world_size
 from engine.errors import UserError
-from engine.log import clock
+from engine.progress import progress
 from sources.annotations import Mixture, ShapesSource
 
 IMAGES, TEXTS = 64, 256  # in a batch
@@ -64,7 +64,7 @@ class Gallery:
     def public_id(self, image: int) -> int | str:
         """The image_id of the annotation file, as a number if it is one; else the file name."""
         image_id, name = self[image].record.get("image_id"), Path(self[image].name).name
-        if str(image_id).isdigit():
+        if str(image_id).isdecimal():
             return int(image_id)
         if of_coco := re.fullmatch(r"COCO_\w+_0*(\d+)\.\w+", name):  # LAVIS's files have no id, or one of their own
             return int(of_coco[1])
@@ -130,18 +130,14 @@ class PartialResults:
 def map_batches(partial: PartialResults | None, name: str, count: int, work, together: int = IMAGES) -> list:
     """The results of work(batches) for all batches of `together` rows, in order; those of all ranks.
 
-    `work` takes this rank's unfinished batches and yields their results one by one. Prints its progress.
+    `work` takes this rank's unfinished batches and yields their results one by one.
     """
     partial = partial or PartialResults(None)
     batches = {f"{name} {i}": rows for i, rows in enumerate(chunked(range(count), together))}
     mine = [key for key in list(batches)[shard(len(batches), 1)] if key not in partial.done]
-    started = printed = time.time()
-    for number, (key, result) in enumerate(zip(mine, work([batches[key] for key in mine]), strict=True), start=1):
+    results = work([batches[key] for key in mine])
+    for key, result in progress(zip(mine, results, strict=True), name.split()[0], len(mine)):
         partial.add(key, result)
-        if (now := time.time()) - printed > 30:
-            eta = clock((now - started) / number * (len(mine) - number))
-            print0(f"  {name.split()[0]}: {number:,} of {len(mine):,} batches, eta {eta}")
-            printed = now
     for part in gather_objects({key: partial.done[key] for key in mine}):
         partial.done |= part
     return [partial.done[key] for key in batches]
@@ -167,6 +163,7 @@ def encode_images(model: Blip2, images: Mixture, rows: list[int], workers: int) 
     if not rows:  # fewer images than ranks
         blank = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
         return EncodedImages(*(x[:0] for x in model.encode_image(blank)))
-    batches = encoded_batches(model, images, list(chunked(rows, IMAGES)), workers)
-    parts = [encoded._replace(tokens=encoded.tokens.cpu()) for encoded in batches]  # gigabytes for 5,000 images
+    batches = list(chunked(rows, IMAGES))
+    encoded = progress(encoded_batches(model, images, batches, workers), "images", len(batches))
+    parts = [part._replace(tokens=part.tokens.cpu()) for part in encoded]  # gigabytes for 5,000 images
     return EncodedImages(*map(torch.cat, zip(*parts, strict=True)))

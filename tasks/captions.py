@@ -1,7 +1,7 @@
 """Image captioning (paper 4.2): BLEU, ROUGE-L and CIDEr-D beside those of shuffled images."""
 
 from blip2 import Blip2
-from engine.log import clock
+from engine.progress import clock
 from sources.annotations import Mixture
 from tasks.batches import Gallery, PartialResults, encoded_batches, evaluation, map_batches
 from tasks.metrics import bleu, caption_words, cider, rouge_l

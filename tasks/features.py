@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2 import Blip2, chunked
 from data import ImageFiles, image_loader
 from engine.distributed import barrier, gather_objects, print0, rank
 from engine.errors import expect, read_json
-from engine.log import clock
+from engine.progress import clock, progress
 from sources.annotations import Mixture
-from tasks.batches import IMAGES, encoded_batches, gather_shards, shard
+from tasks.batches import IMAGES, TEXTS, encoded_batches, gather_shards, shard
 
 
 class CachedTokens:
@@ -46,17 +46,25 @@ def cache_tokens(model: Blip2, images: Mixture, folder: Path, workers: int) -> C
     under its name when it is whole.
     """
     whole = Mixture(images.parts)
-    vit = model.sources["vit"].sha256 or float(model.vit.patch_embed.weight.float().sum())  # of random weights
+    vit = model.sources["vit"].sha256 or weights_sha256(model.vit)
     slot_of: dict[int, int] = {}  # image_id -> slot
     slots = np.array([slot_of.setdefault(whole.image_id(row), len(slot_of)) for row in range(len(whole))])
     first = np.unique(slots, return_index=True)[1]  # first row of each image
     key = ((vit, repr(model.vit.cfg), str(model.vit.dtype)), model.image_size, whole.fingerprint(), len(first))
-    path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.npy"
+    path = folder / f"{hashlib.sha256(repr(key).encode() + slots.tobytes()).hexdigest()[:16]}.npy"
     exists, writer = gather_objects((path.exists(), os.getpid()))[0]  # another run may be writing the same file
     if not exists:
         partial = folder / f".{path.stem}.{writer}.partial.npy"
         compute_tokens(model, whole, first, slots, path, partial, workers)
     return CachedTokens(path, slots)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hash of all weights, for those that no file holds: random ones, or trained since."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def compute_tokens(
@@ -72,7 +80,8 @@ def compute_tokens(
     barrier()
     tokens, broken = np.lib.format.open_memmap(partial, "r+"), {}
     mine = first[shard(len(first))].tolist()
-    for done, unreadable, pixels in image_loader(images, model.image_size, list(chunked(mine, IMAGES)), workers):
+    loader = image_loader(images, model.image_size, list(chunked(mine, IMAGES)), workers)
+    for done, unreadable, pixels in progress(loader, "caching the ViT's tokens"):
         broken |= {int(slots[row]): reason for row, reason in unreadable.items()}
         if done:
             tokens[slots[done]] = model.image_tokens(pixels.to(model.device)).half().cpu().numpy()
@@ -95,7 +104,7 @@ def write_features(model: Blip2, paths: list[Path], texts: list[str], out: str, 
     expect(contrastive or not texts, "--texts have features in a run of stage 1 or retrieval: pass one as --checkpoint")
     batches = list(chunked(list(range(len(paths)))[shard(len(paths))], IMAGES))
     encoded = encoded_batches(model, ImageFiles(paths), batches, workers)
-    parts = [(images.query_out.cpu(), images.feats.cpu()) for images in encoded]
+    parts = [(images.query_out.cpu(), images.feats.cpu()) for images in progress(encoded, "images", len(batches))]
     Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
     nothing = (torch.empty(0, Q, D), torch.empty(0, Q, E))  # a rank without a share
     found = {
@@ -105,7 +114,8 @@ def write_features(model: Blip2, paths: list[Path], texts: list[str], out: str, 
     if not contrastive:
         del found["image_features"]
     if texts:
-        found["text_features"] = model.encode_text(texts).feats.cpu()
+        batches = progress(list(chunked(texts, TEXTS)), "texts")
+        found["text_features"] = torch.cat([model.encode_text(batch).feats.cpu() for batch in batches])
     names = {"images": json.dumps([path.name for path in paths]), "texts": json.dumps(texts)}
     if rank() == 0:
         save_file(found, out, metadata=names)

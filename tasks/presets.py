@@ -32,7 +32,9 @@ PRESETS = {
     "vqav2-zeroshot-v1": ZERO_SHOT | ANSWERS,  # Table 2
     "okvqa-zeroshot-v1": ZERO_SHOT | ANSWERS | dict(lemmatized=True),  # beside the accuracy, not in its place
     "gqa-zeroshot-v1": ZERO_SHOT | ANSWERS | dict(metric="gqa"),
+    "gqa-zeroshot-v2": ZERO_SHOT | ANSWERS | dict(metric="gqa balanced"),  # v1 also counts unbalanced questions
     "aokvqa-zeroshot-v1": ZERO_SHOT | ANSWERS | dict(metric="direct"),
+    "aokvqa-zeroshot-v2": ZERO_SHOT | ANSWERS | dict(metric="aokvqa"),  # v1 counts as LAVIS does
     "vqav2-v1": QUESTIONS | ANSWERS | dict(image_size=490, metric="vqa"),  # Table 4
     "retrieval-v1": RETRIEVAL,
     "coco-retrieval-v1": RETRIEVAL | dict(image_size=364),  # Table 5, fine-tuned
@@ -65,11 +67,15 @@ def provenance(model: Blip2, checkpoint: Path, images: Mixture, files: list[str]
 
 
 def write_result(path: Path, result: dict) -> None:
-    """Write a result as JSON, whole or not at all; without the time it took, so that equal results are equal files, and
-    without the predictions, which have a file of their own."""
-    kept = {key: value for key, value in result.items() if key not in ("seconds", "predictions")}
+    """Write a result as JSON; without the time it took, so that equal results are equal files, and without the
+    predictions, which have a file of their own."""
+    write_json(path, {key: value for key, value in result.items() if key not in ("seconds", "predictions")}, indent=2)
+
+
+def write_json(path: Path, content, indent: int | None = None) -> None:
+    """Write a JSON file, whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(kept, indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=indent) + "\n")
     os.replace(partial, path)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blip2 import Blip2, EncodedImages, EncodedTexts, chunked
+from engine.progress import progress
 from sources.annotations import Mixture
 from sources.text import pad
 from tasks.batches import TEXTS, Gallery, PartialResults, encode_images, evaluation, gather_shards, map_batches, shard
@@ -37,11 +38,13 @@ def retrieval(
     feats = gather_shards(encoded.feats, N)
     ids = model.tokenizer.encode(gallery.texts)
     order = sorted(range(M), key=lambda i: len(ids[i]))  # little padding in a batch of any rank
-    mine = model.encode_text([gallery.texts[i] for i in order[shard(M, TEXTS)]], batch_size=TEXTS)
+    batches = list(chunked([gallery.texts[i] for i in order[shard(M, TEXTS)]], TEXTS))
+    mine = [feats[:0, 0], *(model.encode_text(batch).feats for batch in progress(batches, "texts"))]
     text_feats = torch.empty(M, model.embed_dim, device=model.device)
-    text_feats[order] = gather_shards(mine.feats, M, TEXTS)
-    texts = EncodedTexts(*pad(ids, model.tokenizer.pad_id), mine.cls[:0], text_feats)  # [CLS] is not used here
-    itc = torch.cat([model.itc_scores(EncodedImages(part, part, part), texts) for part in chunked(feats, 64)]).cpu()
+    text_feats[order] = gather_shards(torch.cat(mine), M, TEXTS)
+    texts = EncodedTexts(*pad(ids, model.tokenizer.pad_id), text_feats[:0], text_feats)  # [CLS] is not used here
+    parts = progress(list(chunked(feats, 64)), "ITC")
+    itc = torch.cat([model.itc_scores(EncodedImages(part, part, part), texts) for part in parts]).cpu()
 
     itm = None
     if match:

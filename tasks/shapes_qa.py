@@ -7,12 +7,12 @@ from PIL import Image
 
 from blip2 import ANSWERS, Blip2, EncodedImages, chunked
 from engine.distributed import gather_objects
-from engine.log import clock
+from engine.progress import clock, progress
 from generate import generate
 from sources import shapes
 from sources.annotations import Mixture, ShapesSource
 from sources.text import clean_caption, fill_template, pad
-from tasks.batches import encode_images, evaluation, shard
+from tasks.batches import IMAGES, encode_images, evaluation, shard
 
 BLANK = Image.new("RGB", (64, 64), (178, 178, 178))  # an empty scene
 SEEN = "seen"  # questions whose wordings and colour-shape pairs occur in training
@@ -20,12 +20,13 @@ SEEN = "seen"  # questions whose wordings and colour-shape pairs occur in traini
 
 @evaluation
 def shapes_vqa(model: Blip2, images: Mixture, per_image: int = 4, controls: bool = True) -> dict:
-    """Question answering in the shapes world: correct answers, in per cent, by subset.
+    """Question answering in the shapes world: correct answers, in per cent, by subset, beside those of the majority
+    answer to that kind of question.
 
     After stage 2 it is zero-shot: the model was trained on captions only, the language model on text only. controls:
-    also the majority answer to that kind of question, a blank image, another image, and as the ceiling the language
-    model given the true caption as text. "held-out pairs" counts only questions about such a pair. A caption is
-    correct if it describes the scene in one of the wordings.
+    also a blank image, another image, and as the ceiling the language model given the true caption as text. "held-out
+    pairs" counts only questions about such a pair. A caption is correct if it describes the scene in one of the
+    wordings.
     """
     world, N = images.parts[0], len(images)
     mine = list(range(N))[shard(N)]
@@ -38,14 +39,17 @@ def shapes_vqa(model: Blip2, images: Mixture, per_image: int = 4, controls: bool
         inputs["a blank image"] = EncodedImages(*(t.expand(len(mine), *t.shape[1:]) for t in blank))
         others = [images[(row + N // 2) % N].open() for row in mine]
         inputs["another image"] = model.encode_image(others) if others else encoded
-    answers = {name: model.ask(seen, texts) if mine else [] for name, seen in inputs.items()}
+    answers = {
+        name: [group for part, chunk in in_batches(seen, name) for group in model.ask(chunk, texts[part])]
+        for name, seen in inputs.items()
+    }
     if controls:
         captions = [clean_caption(images[row].captions[0]) for row in mine]
         flat = [(caption, question) for caption, group in zip(captions, texts) for question in group]
         left = iter(answers_to_text(model, flat))
         answers["the true caption as text"] = [[next(left) for _ in group] for group in texts]
-        majority = majority_answers()
-        answers["the majority answer"] = [[majority[kind] for _, kind, _, _ in group] for group in asked]
+    majority = majority_answers()
+    answers["the majority answer"] = [[majority[kind] for _, kind, _, _ in group] for group in asked]
     rows = [
         {"image": row, "subset": subset, "kind": kind, "question": question, "answer": answer}
         | {name: given[i][j] for name, given in answers.items()}
@@ -69,7 +73,7 @@ def shapes_vqa(model: Blip2, images: Mixture, per_image: int = 4, controls: bool
             name: {"all": share(name)} | {subset: share(name, subset=subset) for subset in subsets} for name in answers
         },
         "kinds": {kind: share("the image", kind=kind) for kind in kinds},
-        "correct captions": 100 * (N - len(wrong_captions(model, images, mine, encoded))) / N,
+        **caption_shares(model, images, mine, encoded),
         "mistakes": [
             {"image": images[row["image"]].name, "caption": images[row["image"]].captions[0]}
             | {key: row[key] for key in ("question", "answer", "the image")}
@@ -82,30 +86,42 @@ def shapes_vqa(model: Blip2, images: Mixture, per_image: int = 4, controls: bool
 def shapes_captioning(model: Blip2, images: Mixture) -> dict:
     """Correct captions in the shapes world, in per cent: those that describe the scene in one of the wordings."""
     mine = list(range(len(images)))[shard(len(images))]
-    wrong = wrong_captions(model, images, mine, encode_images(model, images, mine, 0))
-    return {
-        "task": "shapes captions",
-        "images": len(images),
-        "correct captions": 100 * (1 - len(wrong) / len(images)),
-        "mistakes": wrong[:: max(1, len(wrong) // 5)][:5],
-    }
+    shares = caption_shares(model, images, mine, encode_images(model, images, mine, 0))
+    return {"task": "shapes captions", "images": len(images), **shares}
 
 
-def wrong_captions(model: Blip2, images: Mixture, mine: list[int], encoded: EncodedImages) -> list[dict]:
-    """The captions of images of the shapes world, on all ranks, that are not correct; `mine`: the rows of this one."""
-    captions = map(clean_caption, model.caption(encoded) if mine else [])
+def caption_shares(model: Blip2, images: Mixture, mine: list[int], encoded: EncodedImages) -> dict:
+    """Captions of images of the shapes world, on all ranks: per cent that are correct, and that would be for another
+    image, and some mistakes; `mine`: the rows of this rank."""
+    N, scene = len(images), lambda row: images.parts[0].scene(images.locate(row % N)[1])
+    captions = [clean_caption(text) for _, chunk in in_batches(encoded, "captions") for text in model.caption(chunk)]
+    right = [
+        [caption in true_captions(scene(row + shift)) for row, caption in zip(mine, captions, strict=True)]
+        for shift in (0, N // 2)
+    ]
+    own, others = (100 * sum(gather_objects(sum(part))) / N for part in right)
     wrong = [
         {"image": images[row].name, "caption": caption, "reference": images[row].captions[0]}
-        for row, caption in zip(mine, captions, strict=True)
-        if caption not in true_captions(images.parts[0].scene(images.locate(row)[1]))
+        for row, caption, is_right in zip(mine, captions, right[0])
+        if not is_right
     ]
-    return sum(gather_objects(wrong), [])
+    wrong = sum(gather_objects(wrong), [])
+    mistakes = wrong[:: max(1, len(wrong) // 5)][:5]
+    return {"correct captions": own, "correct captions of shuffled images": others, "mistakes": mistakes}
+
+
+def in_batches(encoded: EncodedImages, what: str):
+    """Yield (slice, the features there) of a batch of images at a time."""
+    for rows in progress(list(chunked(range(len(encoded.tokens)), IMAGES)), what):
+        part = slice(rows.start, rows.stop)
+        yield part, EncodedImages(*(x[part] for x in encoded))
 
 
 def shapes_captioning_table(result: dict) -> str:
     """The result of `shapes_captioning` in a few lines."""
-    share, seconds = f"{result['correct captions']:.1f} %", clock(result["seconds"])
-    lines = [f"correct captions: {share} of {result['images']:,} images, {seconds}"]
+    share, control = (result[f"correct captions{of}"] for of in ("", " of shuffled images"))
+    count, seconds = f"{result['images']:,} images", clock(result["seconds"])
+    lines = [f"correct captions: {share:.1f} % (of shuffled images {control:.1f} %) of {count}, {seconds}"]
     lines += [f'mistake: {m["image"]}: "{m["caption"]}"; reference: "{m["reference"]}"' for m in result["mistakes"]]
     return "\n".join(lines)
 
@@ -142,7 +158,7 @@ def answers_to_text(model: Blip2, asked: list[tuple[str, str]], batch_size: int 
     """Answers of the language model alone to (description, question) pairs: a description replaces the visual
     embeddings."""
     tokenizer, answers = model.llm_tokenizer, []
-    for part in chunked(asked, batch_size):
+    for part in progress(list(chunked(asked, batch_size)), "answers from the text"):
         descriptions, questions = map(list, zip(*part))
         prompts = tokenizer.encode_prompts([fill_template(model.template, question) for question in questions])
         ids = [described + prompt for described, prompt in zip(tokenizer.encode(descriptions), prompts)]
@@ -166,7 +182,8 @@ def shapes_vqa_table(result: dict) -> str:
             shares = result["accuracy"][name].values()
             lines.append(f"{name:26}" + "".join(f"{share:19.1f}" for share in shares))
     lines.append("by kind: " + ", ".join(f"{kind} {share:.1f}" for kind, share in result["kinds"].items()))
-    lines.append(f"correct captions: {result['correct captions']:.1f} %")
+    control = result["correct captions of shuffled images"]
+    lines.append(f"correct captions: {result['correct captions']:.1f} % (of shuffled images {control:.1f} %)")
     for m in result["mistakes"]:
         lines.append(f'mistake: {m["image"]}, "{m["caption"]}": {m["question"]} {m["the image"]} ({m["answer"]})')
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from pathlib import Path
 from blip2 import Blip2
 from data import sample_rng
 from engine.distributed import barrier, print0, rank
+from engine.errors import read_json_lines
 from sources.annotations import Mixture, ShapesSource, open_images
 from tasks.batches import encoded_batches
 from tasks.captions import captioning
@@ -33,33 +34,68 @@ def headline(result: dict) -> tuple[str, float]:
     if result["task"] != "retrieval":
         name = {"vqa": "accuracy", "captions": "CIDEr", "shapes captions": "correct captions"}[result["task"]]
         return name, result[name]
-    numbers = result.get("reranked", result["itc"])  # R@1, 5, 10 both ways, re-ranked if the model can
+    return "mean recall", mean_recall(result.get("reranked", result["itc"]))  # re-ranked if the model can
+
+
+def mean_recall(numbers: dict) -> float:
+    """Of R@1, 5, 10 both ways."""
     values = [value for way in numbers.values() for value in way.values()]
-    return "mean recall", sum(values) / len(values)
+    return sum(values) / len(values)
+
+
+def control(result: dict) -> str:
+    """What the headline would be without looking at the images."""
+    if result["task"] == "retrieval":
+        return f"chance {mean_recall(result['chance']):.1f} %"
+    if result["task"] == "vqa":
+        return f'always "{result["majority answer"]:.20}": {result["accuracy of the majority answer"]:.1f} %'
+    if result["task"] == "answers":
+        return f"majority answers: {result['accuracy']['the majority answer']['all']:.1f} %"
+    if result["task"] == "captions":
+        return f"shuffled images: {result['shuffled images']['CIDEr']:.1f}"
+    return f"shuffled images: {result['correct captions of shuffled images']:.1f} %"
 
 
 def validate(model: Blip2, val: Mixture, cfg, objectives, workers: int, step: int, best: float, save, log) -> float:
     """A validation -> the best score so far; the model that has it is saved in best/."""
     result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
     name, score = headline(result)
-    print0(validation_lines(model, val, result, name, score, score > best))
+    print0(validation_lines(model, val, result, step, score > best))
     if score > best:
         save(step, score, is_best=True)
     log.write({"step": step, "validation": result, name.replace(" ", "_"): score})
+    if rank() == 0:
+        warn_of_overfitting(log.path, name.replace(" ", "_"), cfg)
     return max(score, best)
 
 
-def validation_lines(model: Blip2, val: Mixture, result: dict, name: str, score: float, is_best: bool) -> str:
-    """A validation in a few lines: its numbers, and two examples if the model can write."""
-    lines = []
-    for ranking in ("itc", "reranked"):
+def warn_of_overfitting(path: Path, key: str, cfg) -> None:
+    """Say at the third validation in a row that is not the best, the sixth, ... what helps. path: of log.jsonl, which
+    a resumed run continues."""
+    scores = {row["step"]: row[key] for row in read_json_lines(path) if key in row}
+    best = max(scores, key=scores.get)
+    worse = sum(step > best for step in scores)
+    if worse and worse % 3 == 0:
+        helps = ["more images", "fewer --steps"] + ["--no-cache-features, which shows crops"] * cfg.cache_features
+        print0(
+            f"validation has not improved for {worse} times since step {best}: the model overfits",
+            f"  best/ keeps the best one. What helps: {', '.join(helps)}",
+        )
+
+
+def validation_lines(model: Blip2, val: Mixture, result: dict, step: int, is_best: bool) -> str:
+    """A validation in a few lines: its numbers beside those of chance, and two examples if the model can write."""
+    name, score = headline(result)
+    numbers = f"{name} {score:.1f}{'' if name == 'CIDEr' else ' %'} ({control(result)}){', the best so far' * is_best}"
+    lines = [f"validation at step {step}: {numbers} ({result['seconds']:.0f} s)"]
+    for ranking, by in (("itc", "ITC"), ("reranked", "ITM")):
         if ranking in result:
-            i2t, t2i = (way["R@1"] for way in result[ranking].values())
-            lines.append(f"  validation, {ranking}: image-to-text R@1 {i2t:.1f} %, text-to-image R@1 {t2i:.1f} %")
+            ways = *result[ranking].values(), result["chance"]["image_to_text"]  # chance is that of both ways
+            i2t, t2i, chance = (way["R@1"] for way in ways)
+            lines.append(f"  R@1 by {by}: image-to-text {i2t:.1f} %, text-to-image {t2i:.1f} % (chance {chance:.1f} %)")
     if result["task"] == "answers":
-        lines.append(f"  validation: correct captions {result['correct captions']:.1f} %")
-    unit = "" if name == "CIDEr" else " %"
-    lines.append(f"  {name} {score:.1f}{unit}{', the best so far' if is_best else ''} ({result['seconds']:.0f} s)")
+        others = result["correct captions of shuffled images"]
+        lines.append(f"  correct captions {result['correct captions']:.1f} % (shuffled images: {others:.1f} %)")
     model.eval()
     for row in (0, len(val) // 2) if model.llm is not None or "itg" not in model.untrained_heads else ():
         sample, (images,) = val[row], encoded_batches(model, val, [[row]], workers=0)
@@ -72,17 +108,23 @@ def validation_lines(model: Blip2, val: Mixture, result: dict, name: str, score:
 
 
 def final_evaluation(model: Blip2, val: Mixture | None, cfg, objectives, workers: int, run: Path) -> dict | None:
-    """Evaluate the best model of a run on the test split of the shapes world, or on the validation images."""
+    """Evaluate the best model of a run on the test split of the shapes world, or on the validation images; on held-out
+    images with the few candidates of a validation, because 128 of them take long."""
     if cfg.data == ["shapes"]:
         val = open_images(["shapes"], "test", cfg.image_size, questions=cfg.stage == "vqa")
-    if val is None:
+    if val is None or not {"itc", "lm"} & set(objectives):  # without ITC there is nothing to rank by
         return None
+    if count := cfg.test_images:  # the first, with all their captions or questions; of twins both
+        ids, cached = [val.image_id(row) for row in range(len(val))], val.cached
+        kept = {*list(dict.fromkeys(ids))[: count + count % val.parts[0].group_size]}
+        val = Mixture(val.parts, val.chosen[[image_id in kept for image_id in ids]])
+        val.cached = cached
     barrier()  # rank 0 may still be writing
     weights = run / "best" if (run / "best").exists() else run
     if weights != run:
         model.load_trained(weights)
     print0(f"evaluating on {len(val):,} images")
-    result = evaluate(model, val, cfg.stage, objectives, workers)
+    result = evaluate(model, val, cfg.stage, objectives, workers, quick=bool(cfg.val_photos))
     name, table = REPORTS[result["task"]]
     if rank() == 0:
         files = cfg.data if cfg.data == ["shapes"] or cfg.val_photos else [cfg.val_data]

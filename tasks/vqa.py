@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import chain
 
 from blip2 import ANSWERS, Blip2
-from engine.log import clock
+from engine.progress import clock
 from sources.annotations import Mixture
 from sources.text import clean_question
 from tasks.batches import Gallery, PartialResults, encoded_batches, evaluation, map_batches
@@ -13,8 +13,14 @@ from tasks.metrics import any_match, direct_answer_accuracy, gqa_match, lemmatiz
 METRICS = {  # of one answer, given the reference answers
     "vqa": vqa_accuracy,  # VQAv2, OK-VQA: three of ten references suffice
     "gqa": gqa_match,
-    "direct": direct_answer_accuracy,  # A-OKVQA
+    "gqa balanced": gqa_match,
+    "direct": direct_answer_accuracy,  # A-OKVQA as LAVIS counts it; its own tool compares in lower case
+    "aokvqa": lambda answer, others: direct_answer_accuracy(answer.lower(), [text.lower() for text in others]),
     "any": any_match,  # where there are fewer references than ten
+}
+COUNTS = {  # the questions that the data set's own tool counts, if not all
+    "gqa balanced": lambda record: record.get("isBalanced", True),
+    "aokvqa": lambda record: not record.get("difficult_direct_answer"),
 }
 
 
@@ -65,24 +71,34 @@ def vqa(
             | {"references": list(dict.fromkeys(records[row]["answer"]))}
             for row in range(0, len(records), max(1, len(records) // 10))
         ],
-        # The format of the VQA server.
-        "predictions": [
-            {"question_id": record.get("question_id", row), "answer": answer}
-            for row, (record, answer) in enumerate(zip(records, answers, strict=True))
-        ],
+        "predictions": for_the_server(answers, records, metric or ""),
     }
+
+
+def for_the_server(answers: list[str], records: list[dict], metric: str) -> list | dict:
+    """Predictions as the evaluation server of A-OKVQA, of GQA or of VQA reads them."""
+    by_id = zip((record.get("question_id", row) for row, record in enumerate(records)), answers, strict=True)
+    if "difficult_direct_answer" in records[0] or metric in ("direct", "aokvqa"):
+        return {question_id: {"direct_answer": answer} for question_id, answer in by_id}
+    of_gqa = "isBalanced" in records[0] or metric.startswith("gqa")
+    names = ("questionId", "prediction") if of_gqa else ("question_id", "answer")
+    return [dict(zip(names, pair)) for pair in by_id]
 
 
 def answer_scores(answers: list[str], records: list[dict], metric: str | None, lemmatized: bool) -> dict:
     """Accuracies in per cent, of the model, of the most frequent answer, and optionally of the lemmas of the model's
-    answers; nothing for a test set without answers."""
-    references = [record["answer"] for record in records]
-    if not all(references):
+    answers; over the questions that have an answer, nothing if none has."""
+    unanswered = sum(not record["answer"] for record in records)
+    counted = [row for row, record in enumerate(records) if record["answer"] and COUNTS.get(metric, bool)(record)]
+    if not counted:
         return {"metric": None}
+    answers, records = [answers[row] for row in counted], [records[row] for row in counted]
+    references = [record["answer"] for record in records]
     fewer = sum(len(texts) != 10 for texts in references)
     metric = metric or ("any" if fewer else "vqa")
     majority = Counter(text for texts in references for text in texts).most_common(1)[0][0]
     found = {"metric": metric, "questions with another number of answers than ten": fewer, "majority answer": majority}
+    found |= {"questions without an answer": unanswered, "questions counted": len(records)}
     scored = {"accuracy of the majority answer": [majority] * len(references)}
     scored |= {"accuracy of the lemmas": list(map(lemmatize, answers))} if lemmatized else {}
     for name, texts in (scored | {"accuracy": answers}).items():
@@ -113,6 +129,10 @@ def vqa_table(result: dict) -> str:
             f'accuracy {result["accuracy"]:.2f} % ({metric}{why}); always "{result["majority answer"]}": '
             f"{result['accuracy of the majority answer']:.2f} %"
         )
+        if (left_out := result["questions"] - result["questions counted"]) > 0:
+            unanswered = result["questions without an answer"]
+            why = f"{unanswered:,} without an answer, {left_out - unanswered:,} by the rule of {metric}"
+            lines.append(f"over {result['questions counted']:,} questions; left out: {why}")
     if "accuracy of the lemmas" in result:
         lines.append(f"accuracy of the answers' lemmas {result['accuracy of the lemmas']:.2f} %")
     for kind in ("answer_type", "question_type"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,18 @@ def random_blip2(kind: str, folder: Path, image_token: bool = True, image_size: 
         edit_config(folder, text_config=json.loads((folder / "config.json").read_text())["text_config"] | T5_V1_1)
     shutil.copy(tokenizer, folder)
     return model
+
+
+@pytest.fixture(scope="session", name="public")
+def public_blip2(tmp_path_factory):
+    """public(kind) -> a random BLIP-2 of transformers, and its folder, read-only."""
+
+    @cache
+    def build(kind: str, **options):
+        folder = tmp_path_factory.mktemp(kind)
+        return random_blip2(kind, folder, **options), folder
+
+    return build
 
 
 def edit_config(folder: Path, **entries) -> None:

@@ -11,7 +11,7 @@ from blip2 import Blip2
 from sources.annotations import Mixture, open_images
 from sources.shapes import ShapesWorld
 from sources.text import BertTokenizer
-from tasks import batches, features
+from tasks import batches, features, shapes_qa
 
 TINY_RUN = str(ROOT / "assets/tiny/blip2")  # a trained run of stage 2 with OPT
 PRECISE = ["--precision", "fp32", "--device", "cpu"]
@@ -65,6 +65,6 @@ def batches_of(size: int):
     with pytest.MonkeyPatch.context() as patch:
         for function in (batches.shard_slices, batches.shard, batches.gather_shards, batches.map_batches):
             patch.setattr(function, "__defaults__", (size,))
-        for module in (batches, features):
+        for module in (batches, features, shapes_qa):
             patch.setattr(module, "IMAGES", size)
         yield

@@ -23,9 +23,9 @@ from train import build_optimizer, lr_at, set_lr
 from vit import PRESETS, ViT
 
 
-def completed(*flags: str) -> tuple[TrainConfig, str]:
+def completed(*flags: str, images: int = 1_000_000, texts: int = 5_000_000) -> tuple[TrainConfig, str]:
     """The configuration of a new run, and what was chosen and why."""
-    return complete(*parse_flags(list(flags), ""))
+    return complete(*parse_flags(list(flags), ""), images, texts)
 
 
 def config_of_a_run(folder, image_width: int = 96, **more) -> str:
@@ -47,7 +47,7 @@ def test_stage_1_has_the_recipe_of_the_paper():
     assert (cfg.steps, cfg.batch, cfg.warmup, cfg.image_size) == (250_000, 1680, 2000, 224)
     assert (cfg.lr, cfg.beta2, cfg.weight_decay, cfg.negatives_ramp) == (1e-4, 0.98, 0.05, 0)
     assert (cfg.queries, cfg.embed_dim) == (32, 256)  # 3.1, and LAVIS's
-    assert why.startswith('recipe "stage 1, paper", because --data is not shapes: steps 250000, batch 1680, lr 0.0001')
+    assert why.startswith('recipe "stage 1, paper", because 1,000,000 images are 50,000 or more: steps 250000')
     assert completed()[1].startswith('recipe "stage 1, tiny", because --data is shapes: ')
 
 
@@ -83,15 +83,15 @@ def test_fine_tuning_has_the_recipes_of_the_paper(tmp_path, row, batch, size, pe
     (tmp_path / "a.json").write_text(json.dumps(records))
     ShapesWorld("train").image(0).save(tmp_path / "a.png")
     run = config_of_a_run(tmp_path / "run", width, **({"llm": llm} if llm else {}))
-    cfg, why = completed("--stage", stage, "--init", run, "--data", f"{tmp_path}/a.json")
-    assert why.startswith(f'recipe "{stage}, paper, ') and cfg.epochs == 5 and cfg.steps is None
+    shown = 3 * batch * (1 if stage == "vqa" else 2)
+    cfg, why = completed("--stage", stage, "--init", run, "--data", f"{tmp_path}/a.json", texts=shown)
+    assert why.startswith(f'recipe "{stage}, paper, ') and cfg.epochs == 5
     assert (cfg.prompt == "a photo of") == (stage == "caption")
     assert (cfg.template == "Question: {} Answer:") == (stage == "vqa")  # for FlanT5 too, unlike zero-shot
 
     # An epoch shows each caption, or question, once.
     images = open_images(cfg.data, "train", cfg.image_size, questions=stage == "vqa")
-    assert images.num_texts() == 3 * batch * (1 if stage == "vqa" else 2)
-    assert config.with_steps(cfg, images.num_texts()).steps == 5 * 3 * (1 if stage == "vqa" else 2)
+    assert images.num_texts() == shown and cfg.steps == 5 * 3 * (1 if stage == "vqa" else 2)
     (samples,) = list(StepSampler(images, 0, cfg.batch, 1, 1, 0, 0, 1))
     collate = partial(collate_captions, BertTokenizer(ROOT / "assets/tiny/bert"))
     first = TrainSet(images, collate, cfg.image_size, 0)[samples[:1]]
@@ -121,7 +121,7 @@ def test_fine_tuning_has_the_recipes_of_the_paper(tmp_path, row, batch, size, pe
 
 def test_a_flag_wins_over_the_recipe():
     cfg, why = completed("--steps", "7", "--lr", "0.5")
-    assert cfg.steps == 7 and cfg.lr == 0.5 and "steps" not in why
+    assert cfg.steps == 7 and cfg.lr == 0.5 and "steps 7" not in why
 
 
 def test_the_learning_rate_never_rises_after_its_peak():
@@ -131,13 +131,122 @@ def test_the_learning_rate_never_rises_after_its_peak():
     assert max(rates) == rates[0] and rates == sorted(rates, reverse=True)
 
 
-def test_epochs_become_steps(tmp_path, capsys):
+def test_epochs_become_steps(tmp_path):
     """Each caption, or question, is shown as often as the epochs say."""
     run = config_of_a_run(tmp_path / "run", llm="opt-2.7b")
-    cfg, _ = completed("--stage", "vqa", "--init", run, "--epochs", "2.5", "--batch", "10")
-    assert cfg.steps is None and config.with_steps(cfg, 1000).steps == 250
-    assert capsys.readouterr().out == "2.5 epochs of 1,000 questions are 250 steps\n"
-    assert config.with_steps(completed("--steps", "3")[0], 1000).steps == 3
+    flags = ["--stage", "vqa", "--init", run, "--data", "a.json", "--epochs", "2.5", "--batch", "10"]
+    cfg, why = completed(*flags, texts=1000)
+    assert cfg.steps == 250 and "2.5 epochs of 1,000 questions are 250 steps" in why
+    assert completed("--steps", "3")[0].steps == 3
+
+
+@pytest.mark.parametrize("flags", (["--steps", "189"], ["--epochs", "0.6048"]))
+def test_what_is_counted_in_steps_is_scaled_with_their_number(flags):
+    """A tenth of the steps of the shapes world: a tenth of its warm-up, ramp, and between validations; not what is
+    given."""
+    cfg, why = completed(*flags, texts=10_000)
+    assert (cfg.steps, cfg.warmup, cfg.negatives_ramp, cfg.eval_every, cfg.save_every) == (189, 9, 60, 95, 95)
+    assert "scaled to 189 steps: warmup 9, negatives_ramp 60, eval_every 95, save_every 95" in why
+    cfg, why = completed(*flags, "--warmup", "90", "--eval-every", "0", texts=10_000)
+    assert (cfg.warmup, cfg.negatives_ramp, cfg.eval_every) == (90, 60, 0) and "warmup" not in why
+    assert "scaled" not in completed("--batch", "16")[1]
+
+
+# --- small data ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "images, held_out, batch, passes",
+    [(500, 50, 32, 28), (2000, 200, 32, 15), (6000, 200, 32, 4.7), (49_999, 200, 32, 4)],
+)
+def test_the_number_of_images_chooses_the_recipe_for_small_data(images, held_out, batch, passes):
+    """Held-out images, passes over the others, cached tokens; all said, with the reasons."""
+    cfg, why = completed("--data", "a.json", images=images)
+    assert f'recipe "stage 1, small", because {images:,} images are fewer than 50,000' in why
+    assert (cfg.val_photos, cfg.batch, cfg.cache_features) == (held_out, batch, images <= 20_000)
+    assert cfg.steps * cfg.batch / (images - held_out) == pytest.approx(passes, rel=0.05)
+    assert cfg.warmup < cfg.negatives_ramp < cfg.steps and cfg.eval_every == cfg.save_every == -(-cfg.steps // 4)
+    shown = f"{cfg.steps} steps of {batch} show each of {images - held_out:,} images {passes:.0f} times"
+    assert shown in why and f"{held_out} images are held out to validate on" in why
+    assert (cfg.image_size, cfg.queries, cfg.embed_dim, cfg.dropout) == (224, 32, 256, 0.0)
+
+
+def test_a_handful_of_images_is_said_to_be_too_few():
+    cfg, why = completed("--data", "a.json", images=40, texts=200)
+    assert cfg.batch == 32 and cfg.val_photos == 4 and "36 images teach next to nothing: expect recall near" in why
+    assert completed("--data", "a.json", images=5)[0].batch == 4  # a batch is never larger than what there is
+    assert "teach next to nothing" not in completed("--data", "a.json", images=500)[1]
+
+
+def test_a_flag_wins_over_the_recipe_for_small_data(tmp_path):
+    flags = ["--data", "a.json", "--no-cache-features", "--val-photos", "7", "--batch", "8", "--steps", "100"]
+    cfg, why = completed(*flags, images=500)
+    assert (cfg.cache_features, cfg.val_photos, cfg.batch, cfg.steps, cfg.warmup) == (False, 7, 8, 100, 7)
+    assert completed("--data", "a.json", "--val-data", "b.json", images=500)[0].val_photos == 0
+
+
+@pytest.mark.parametrize("stage", ["caption", "vqa", "retrieval"])
+def test_with_few_images_fine_tuning_leaves_the_vit_frozen(tmp_path, stage):
+    """At the run's own resolution, over cached tokens; a ViT that is trained has none to cache."""
+    run = config_of_a_run(tmp_path / "run", **({} if stage == "retrieval" else {"llm": "opt-2.7b"}))
+    cfg, why = completed("--stage", stage, "--init", run, "--data", "a.json", images=500)
+    assert f'recipe "{stage}, small"' in why and (cfg.freeze_vit, cfg.cache_features, cfg.image_size) == (
+        True,
+        True,
+        224,
+    )
+    check(dataclasses.replace(cfg, data=["shapes"]))
+    cfg, _ = completed("--stage", stage, "--init", run, "--data", "a.json", "--no-freeze-vit", images=500)
+    assert (cfg.freeze_vit, cfg.cache_features) == (False, False)
+
+
+def test_the_tiny_parts_are_warned_of_with_real_images():
+    """They know drawn shapes alone: what to pass, where it is, how large it is."""
+    cfg, _ = completed("--data", "a.json", images=500)
+    said = config.unfit_parts(cfg)
+    assert "WARNING: --vit, --bert: the tiny parts that ship with the code know drawn shapes alone" in said
+    assert "pass --vit W/dinov2-small --bert W/all-MiniLM-L6-v2" in said and said.count("curl -L") == 2
+    assert "facebook/dinov2-small/resolve/main/{config.json,preprocessor_config.json,model.safetensors}" in said
+    assert "--llm W/opt-125m" in config.unfit_parts(dataclasses.replace(cfg, stage="2"))
+    assert not config.unfit_parts(dataclasses.replace(cfg, vit="W/vit", bert="W/bert"))
+    assert not config.unfit_parts(completed()[0])
+
+
+# --- a configuration as a file ---------------------------------------------------------------------------------------
+
+
+def test_the_whole_configuration_is_written_and_read_back(tmp_path, capsys):
+    """--write-config stops before anything is loaded; --config takes its flags, the command line wins."""
+    file = str(tmp_path / "c.json")
+    with pytest.raises(SystemExit) as stop:
+        train.main(
+            ["--stage", "1", "--steps", "50", "--queries", "4", "--write-config", file, "--out", f"{tmp_path}/r"]
+        )
+    assert not stop.value.code and not (tmp_path / "r").exists()
+    assert f"to start this run: python train.py --config {file}" in capsys.readouterr().out
+    again, _ = completed("--config", file)
+    assert (again.steps, again.queries, again.warmup, again.out, again.lr) == (50, 4, 3, "", 1e-3)
+    assert completed("--config", file, "--lr", "0.5")[0].lr == 0.5
+    assert completed("--config", file, "--epochs", "1", texts=320)[0].steps == 10  # in the place of its steps
+    saved = {name: value for name, value in dataclasses.asdict(again).items() if name not in ("config", "write_config")}
+    written = json.loads((tmp_path / "c.json").read_text())
+    assert saved == {name: written[name] for name in saved} | {"out": ""}
+
+
+def test_the_configuration_of_a_run_starts_another(stage1_run):
+    cfg, _ = completed("--config", str(stage1_run / "config.json"))
+    assert (cfg.queries, cfg.batch, cfg.steps, cfg.out) == (4, 4, 4, "")
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [("[]", "holds no object"), ('{"stps": 1}', "has stps, which are no flags"),
+     ('{"steps": "many"}', "has steps 'many', expected int"), ('{"lr": true}', "has lr True, expected float")],
+)  # fmt: skip
+def test_a_configuration_that_is_none_gets_a_sentence(tmp_path, content, said):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(UserError, match=f"c.json {said}"):
+        completed("--config", str(tmp_path / "c.json"))
 
 
 # --- what a run takes from the run it starts from --------------------------------------------------------------------
@@ -147,9 +256,10 @@ def test_a_stage_takes_parts_and_sizes_from_the_run_it_starts_from(stage1_run):
     """Fine-tuning has an image size of its own; --vit, --llm and --dropout may differ."""
     cfg, why = completed("--stage", "2", "--init", str(stage1_run))
     assert cfg.queries == 4 and cfg.image_size == 64 and cfg.vit == TINY[1] and cfg.bert == TINY[3]
-    assert f"from {stage1_run}: vit {TINY[1]}, " in why
+    assert f"from {stage1_run}: vit {TINY[1]}, " in " ".join(why.split())
     any_file = str(stage1_run / "config.json")
     cfg, why = completed("--stage", "vqa", "--init", "assets/tiny/blip2", "--data", any_file)
+    why = " ".join(why.split())
     assert (cfg.llm, cfg.vit, cfg.queries, cfg.image_size) == ("assets/tiny/opt", "assets/tiny/vit", 8, 490)
     assert "OPT-2.7B" in why and "the language model has width 128" in why
     other = ["--vit", "clip-l", "--dropout", "0.3", "--llm", "flan-t5-xl"]
@@ -181,14 +291,13 @@ WRONG = {
     "--cross-every 0": "got --cross-every 0, expected at least 1",
     "--precision int8": "got --precision int8, expected auto, fp32, bf16 or fp16",
     "--device tpu": "got --device tpu, expected auto, cuda, mps or cpu",
-    "--losses itm": "got --losses itm, expected itc, with itm and itg or without",
-    "--losses itc,mlm": "got --losses itc,mlm, expected itc, with",
-    "--losses itc,itc": "got --losses itc,itc, expected itc, with",
+    "--losses itc,mlm": "got --losses itc,mlm, expected any of itc, itm, itg, with commas",
+    "--losses itc,itc": "got --losses itc,itc, expected any of itc",
     "--micro-batch -4": "got --micro-batch -4, expected 0 or more",
     "--batch 10 --micro-batch 4": "does not divide into 1 processes with micro-batches of 4: pass --batch 12",
     "--batch 2 --micro-batch 4": "does not divide into 1 processes with micro-batches of 4: pass --batch 4",
     "--val-photos 2 --val-data FILE": "got --val-photos and --val-data, expected one of the two",
-    "--data nowhere.json": "--data nowhere.json does not exist: expected a .json or .jsonl file, or the word shapes",
+    "--data nowhere.json": "--data nowhere.json does not exist: expected an annotation file, a folder of images",
     "--val-data nowhere.json": "--val-data nowhere.json does not exist",
     "--init S1": "got --init, a flag of stage 2, caption, vqa, retrieval, in stage 1: leave it out",
     # stage 2
@@ -283,15 +392,25 @@ def test_a_flag_of_the_wrong_type_is_named(capsys):
     assert "argument --steps: invalid int value: 'many'" in complaint(capsys, "--steps", "many")
 
 
-def test_help_names_every_flag_its_default_and_its_stage(capsys):
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_every_flag_of_a_stage_in_groups_with_the_recipes_values(capsys, stage):
     with pytest.raises(SystemExit) as exit_:
-        train.main(["--help"])
+        train.main(["--stage", stage, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert exit_.value.code == 0 and "None" not in text
+    assert exit_.value.code == 0 and "None" not in text and "UnionType" not in text
     for name, field in FLAGS.items():
-        assert f"--{name.replace('_', '-')} " in text and " ".join(field.metadata["help"].split()) in text, name
-    assert "--cache-features, --no-cache-features" in text and "(default: the recipe's)" in text
-    assert "the Q-Former reads the question too (paper, Figure 7) [stage vqa]" in text
+        mine = stage in field.metadata["stages"]
+        assert (" ".join(field.metadata["help"].split()) in text) == mine, name
+        assert not mine or f"--{name.replace('_', '-')} " in text or f"--{name.replace('_', '-')}, " in text, name
+    places = [text.index(f" {group}: ") for group in config.GROUPS.values() if f" {group}: " in text]
+    assert len(places) == len(config.GROUPS) - (stage == "2")  # which has no choice of objective
+    assert places == sorted(places)
+    if stage == "1":
+        assert (
+            "(default: paper 0.0001; tiny 0.001; small 0.0003)" in text
+            and "(default: paper and small 224; tiny" in text
+        )
+        assert "paper 250000; tiny 1890; small by the number of images" in text and "of AdamW (default: 0.98)" in text
 
 
 # --- a resumed run ---------------------------------------------------------------------------------------------------
@@ -303,7 +422,7 @@ def resumed(run, *flags: str) -> TrainConfig:
 
 def test_a_resumed_run_keeps_its_flags_but_for_those_that_may_change(stage1_run):
     saved = resumed(stage1_run)
-    assert (saved.batch, saved.queries, saved.lr, saved.negatives_ramp) == (4, 4, 1e-3, 600)
+    assert (saved.batch, saved.queries, saved.lr, saved.negatives_ramp) == (4, 4, 1e-3, 2)
     assert resumed(stage1_run, "--batch", "4") == saved  # the same is no change
     may_change = dict(lr=0.5, eval_every=7, save_every=9, keep=3, log_every=1, workers=2)
     may_change |= dict(precision="bf16", device="cpu")
@@ -317,7 +436,7 @@ def test_flags_that_would_make_another_run_are_refused_on_resume(stage1_run):
         ("--stage 2", "--stage 1"),
         ("--steps 99", "--steps 4"),
         ("--gradcache", "--gradcache False"),
-        ("--data a.json", "--data ['shapes']"),
+        ("--val-photos 3", "--val-photos 0"),
     ):
         with pytest.raises(UserError) as error:
             resumed(stage1_run, *flags.split())

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import LLMS, ROOT, TINY, part_of, random_batch, small_model, stage2_model
 from safetensors.torch import load_file
 from samples import TINY_RUN, batches_of, caption_file, few, question_file, shapes_model
@@ -20,6 +21,7 @@ import train
 from blip2 import Blip2
 from data import collate_lm
 from engine.distributed import all_gather, all_sum, fetch_rows, rank, world_size
+from engine.errors import run_command
 from engine.gradcache import two_pass_losses
 from model import OBJECTIVES, Blip2Model
 from sources.annotations import open_images
@@ -91,7 +93,7 @@ def stage1_on_ranks(_, objectives, expected):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("objectives", [OBJECTIVES, ("itc",)], ids=",".join)
+@pytest.mark.parametrize("objectives", [OBJECTIVES, ("itc",), ("itm",), ("itg",), ("itm", "itg")], ids=",".join)
 def test_ranks_have_the_losses_and_gradients_of_one_big_batch(ranks, processes, objectives):
     """Gathered features carry gradient, hard negatives come from all ranks, every loss is a mean over all rows. Every
     trained parameter has a gradient, for which DistributedDataParallel waits."""
@@ -294,11 +296,21 @@ def test_two_ranks_with_gradcache_train_like_one_process_without(ranks, tmp_path
 def test_two_ranks_fine_tune_like_one(ranks, tmp_path):
     """VQA: the ViT is trained, the Q-Former reads the question, two micro-batches are accumulated."""
     flags = ["--stage", "vqa", "--init", TINY_RUN, "--data", question_file(tmp_path, 8), *SAME]
-    flags += "--batch 4 --micro-batch 1 --image-size 48 --lr 1e-3 --warmup 0".split()
+    flags += "--batch 4 --micro-batch 1 --image-size 48 --lr 1e-3 --warmup 0 --no-freeze-vit".split()
     train.main([*flags, "--out", str(tmp_path / "one")])
     ranks(2, train_on_ranks, [*flags, "--out", str(tmp_path / "two")])
     assert "vit.blocks.0.fc1.weight" in load_file(tmp_path / "two/model.safetensors")
     same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_command_leaves_the_process_group(tmp_path):
+    """Threads of gloo that outlive the interpreter may abort the process, after all was done."""
+
+    def main():
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        assert dist.is_initialized()
+
+    assert run_command(main) == 0 and not dist.is_initialized()
 
 
 # --- evaluations -----------------------------------------------------------------------------------------------------

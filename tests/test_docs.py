@@ -62,10 +62,18 @@ def test_the_main_command_runs_and_prints_what_the_readme_shows(tmp_path, few_te
     train.main([*flags, *SMALL, "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
     shown = next(text for kind, text in BLOCKS if kind == "" and "re-ranks" in text)
-    for line in ("Q-Former", "image to text", "chance", "ITC   ", "ITM re-ranks 128", "trained in", "img/s"):
+    for line in (
+        "Q-Former",
+        "image to text",
+        "chance",
+        "ITC   ",
+        "ITM re-ranks 128",
+        "trained in",
+        "losses, from the minimum",
+    ):
         assert line in printed and line in shown, line
     recipe = shown.splitlines()[0].removesuffix(", ...")
-    assert config.complete(config.TrainConfig(), set())[1].startswith(recipe)
+    assert config.complete(config.TrainConfig(), set(), 50_000, 50_000)[1].startswith(recipe)
 
 
 def test_every_command_of_every_page_has_only_flags_that_exist(capsys):

@@ -1,8 +1,13 @@
 """A user's mistake gets one sentence: what was got, what was expected, what to type; no traceback, and nothing half
 written. (Of flags: test_config; of weights: test_weights_in.)"""
 
+import io
+import runpy
+import sys
+
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY
 from PIL import Image, ImageFile
 from test_data import sampler, train_set
@@ -44,6 +49,22 @@ def test_a_users_error_is_printed_without_a_traceback_and_any_other_is_not_hidde
     assert capsys.readouterr().err == "error: got 3, expected 4\n"
     with pytest.raises(RuntimeError, match="a bug"):
         run_command(lambda: fail(RuntimeError("a bug")))
+    for stop, line in ((KeyboardInterrupt(), "stopped\n"), (KeyboardInterrupt("so goes on"), "so goes on\n")):
+        assert run_command(lambda stop=stop: fail(stop)) == 130 and capsys.readouterr().err == line
+
+
+def test_what_a_terminal_cannot_show_is_printed_in_ascii(monkeypatch):
+    """Of a caption, or of a file name that is not UTF-8."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert run_command(lambda: print("caf\xe9 \U0001f415 \udce9", flush=True)) == 0
+    assert terminal.buffer.getvalue() == b"caf\xe9 \\U0001f415 \\udce9\n"
+
+
+def test_a_system_without_the_module_resource_can_train(monkeypatch):
+    """Windows; only the memory is not told."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert runpy.run_path(str(ROOT / "engine/device.py"))["peak_gigabytes"](torch.device("cpu")) == 0
 
 
 # --- annotation files ------------------------------------------------------------------------------------------------
@@ -52,6 +73,9 @@ FILES = [  # name, content, what the sentence says after the name
     ("a.json", '{"a": 1}', " holds an object with ['a'], expected a list of"),
     ("a.json", "3", " holds 3, expected a list of"),
     ("a.json", "[]", " holds nothing, expected a list of"),
+    ("a.jsonl", "\n", " holds nothing, expected a list of"),
+    ("a.json", '[{"messages": [], "images": ["a.jpg"]}]', " is a list: record 0 has ['images', 'messages'], expected"),
+    ("a.jsonl", '{"images": [{"id": 1}], "annotations": []}', " is a list: record 0 has ['annotations', 'images'], ex"),
     ("a.json", "[1, 2]", ' is a list: record 0 has int, expected "image" and "caption"'),
     ("a.json", '[{"img": "a.jpg", "text": "a"}]', " is a list: record 0 has ['img', 'text'], expected \"image\" and"),
     ("a.json", '[{"image": "a.jpg"}]', ': record 0 has [\'image\'], expected "image" and "caption"'),
@@ -76,11 +100,57 @@ def test_a_file_that_is_no_text(tmp_path):
         AnnotationFile(tmp_path / "a.json")
     with pytest.raises(UserError, match="nowhere.json does not exist: check the path"):
         read_json(tmp_path / "nowhere.json")
-    with pytest.raises(UserError, match="--data .* is a folder: expected a .json or .jsonl file, or the word shapes"):
+    with pytest.raises(
+        UserError, match="--data .*/b.json does not exist: expected an annotation file, a folder of imag"
+    ):
+        AnnotationFile(tmp_path / "b.json")
+
+
+def test_a_folder_without_captions(tmp_path):
+    with pytest.raises(UserError, match="has no images in it, expected a folder of files that end in .jpg"):
+        AnnotationFile(tmp_path)
+    write_annotations(tmp_path, 2)
+    write(tmp_path, "1.txt", " \n\n")
+    with pytest.raises(
+        UserError, match="no image has a .txt with captions beside it: write 0.txt, ..., or pass an annot"
+    ):
         AnnotationFile(tmp_path)
 
 
-@pytest.mark.parametrize("caption", ["", "  ", "...", [], ["fine", ""], None, 5])
+TABLES = [  # name, content, what the sentence says after the name
+    (
+        "a.csv",
+        "image,caption\na.jpg,a dog\nb.jpg,a dog, a cat\n",
+        ": line 3: got 3 cells, expected 2 as in the header: put",
+    ),
+    (
+        "a.csv",
+        'image,caption\na.jpg,"a\ndog"\nb.jpg,"a cat\nc.jpg,x\n',
+        ": line 4: unexpected end of data: put texts wi",
+    ),
+    (
+        "a.tsv",
+        'image\tcaption\na.jpg\t"a\ndog"\n',
+        ": line 3: got 1 cells, expected 2 as in the header: write spaces for",
+    ),
+    (
+        "a.tsv",
+        "image\tcaption\na.jpg\ta\tdog\n",
+        ": line 2: got 3 cells, expected 2 as in the header: write spaces for",
+    ),
+    ("a.csv", "image,caption\na.jpg," + 140_000 * "a", ": line 2: field larger than field limit (131072)"),
+    ("a.csv", "image,caption\n", " (a table of records) has no record: expected at least one"),
+]
+
+
+@pytest.mark.parametrize("name, content, said", TABLES)
+def test_a_table_of_which_a_text_would_be_lost(tmp_path, name, content, said):
+    with pytest.raises(UserError) as error:
+        AnnotationFile(write(tmp_path, name, content))
+    assert str(error.value).startswith(f"{tmp_path}/{name}{said}")
+
+
+@pytest.mark.parametrize("caption", ["", "  ", "...", [], ["!", ""], None, 5])
 def test_an_empty_caption(tmp_path, caption):
     with pytest.raises(UserError, match="record 0 .0.png. has an empty caption: write one, or remove it"):
         AnnotationFile(write_annotations(tmp_path, caption=caption))
@@ -92,7 +162,8 @@ def test_an_empty_caption(tmp_path, caption):
         ({"question": None}, "question"),
         ({"question": "..."}, "question"),
         ({"question": ["what?"]}, "question"),
-        ({"question": "what?", "answer": ["\ud83d"]}, "answer"),  # half of a character
+        ({"question": "what?", "answer": ["\ud83d"]}, "answer that is no text"),  # half of a character
+        ({"question": "what?", "answer": ["yes", None]}, "answer that is no text"),
         ({"caption": "\ud83d"}, "caption"),
     ],
 )
@@ -102,7 +173,7 @@ def test_what_is_no_text_is_refused_before_training_and_found_by_check(tmp_path,
     records = [{"image": "0.png"} | text | changes, {"image": "1.png"} | text]
     path = write_annotations(tmp_path, 2)
     write(tmp_path, "a.json", records if asks else [*records, {"caption": "of nothing"}])
-    with pytest.raises(UserError, match=f"record 0 .0.png. has an empty {kind}"):
+    with pytest.raises(UserError, match=f"record 0 .0.png. has an (empty )?{kind}: write one"):
         AnnotationFile(path, questions=asks)
     with pytest.raises(SystemExit):
         data_command.main(["check", path, "--workers", "0"])
@@ -151,9 +222,26 @@ def test_an_image_of_a_wrong_name_or_kind(tmp_path):
         open_image(tmp_path / "0.jpg")
     with pytest.raises(UserError, match="a.jpg is not an image that Pillow can read: convert it to JPEG or PNG"):
         open_image(write(tmp_path, "a.jpg", "text"))
+    with pytest.raises(UserError, match="a.jpg is empty: copy it again"):
+        open_image(write(tmp_path, "a.jpg", ""))
+    with pytest.raises(UserError, match="is broken or cut short .*: copy it again"):
+        open_image(tmp_path / ("a" * 300))
+    for value, said in ((-1, "-1 to -1"), (70_000, "70000 to 70000"), (np.nan, "nan to nan")):
+        Image.new("F", (4, 4), value).save(tmp_path / "a.tif")
+        with pytest.raises(
+            UserError, match=f"a.tif has values from {said}, expected 0 to 1 or 255 or 65535: scale them"
+        ):
+            open_image(tmp_path / "a.tif")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no images in it, expected a folder of files that end in .jpg, "):
         images_in(tmp_path / "empty")
+
+
+def test_whatever_pillow_raises_is_a_broken_image(tmp_path, monkeypatch):
+    """RuntimeError of AVIF, NotImplementedError of DDS, struct.error, ..."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: next(iter(())))
+    with pytest.raises(UserError, match="0.png is broken or cut short"):
+        AnnotationFile(write_annotations(tmp_path))[0].open()
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
@@ -217,6 +305,13 @@ def test_output_that_cannot_be_written_is_refused_first(tmp_path, capsys):
         assert said == f"{flags[-1]} {tmp_path} is a folder: pass the name of a file in it\n"
     said = complaint(data_command.main, capsys, "convert", write_annotations(tmp_path), "--out", "nowhere/a.json")
     assert said.startswith("--out nowhere/a.json: the folder nowhere does not exist")
+
+
+@pytest.mark.parametrize("record", [None, "a.jpg", {"caption": "a dog"}, {"image": ["a.jpg"], "caption": "a dog"}])
+def test_a_list_with_other_things_than_records_is_not_converted(tmp_path, capsys, record):
+    path = write(tmp_path, "a.json", [{"image": "0.png", "caption": None}, record])
+    said = complaint(data_command.main, capsys, "convert", path, "--out", tmp_path / "b.json")
+    assert said.startswith(f"{path}: record 1 is ") and not (tmp_path / "b.json").exists()
 
 
 @pytest.mark.parametrize("flags", [["retrieval", "--k"], ["captions", "--beams"], ["vqa", "--max-new-tokens"]])

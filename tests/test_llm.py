@@ -1,27 +1,36 @@
 """The frozen language models (paper 3.3 and 3.4): OPT and T5 compute what transformers computes, forward, backward and
-while decoding; a prompt alone gives what it gives in a batch; on a GPU a decoding step is replayed as a CUDA graph."""
+while decoding; a prompt alone gives what it gives in a batch; on a GPU a decoding step is replayed as a CUDA graph; a
+third one is entered in one place."""
 
 import itertools
 import json
 import shutil
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLMS, ROOT, roughen, stage2_model
+from conftest import FEW_STEPS, LLMS, ROOT, roughen, stage2_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import train
+from blip2 import Blip2
 from data import collate_lm
 from engine.errors import UserError
 from generate import generate, nucleus
-from llm import LLMS as CLASSES
-from llm import OPT, PRESETS, T5, OPTConfig, T5Config, causal_mask
+from llm import OPT, T5, OPTConfig, PromptFormat, T5Config, causal_mask
 from losses import lm_loss
+from sources.shapes import ShapesWorld
 from sources.text import pad
-from weights.configs import llm_config
-from weights.load import no_init
+from weights.configs import LLMS as LLM_FAMILIES
+from weights.configs import LLMFamily, llm_config
+from weights.export import export
+from weights.load import no_init, unload
 from weights.open import load_llm
+from weights.tables import Row, Table, both
 
 WORDS = 40
 END = {"opt": 5, "opt-350m": 5, "t5": 1}  # a word of the small vocabularies, as a newline is for OPT
@@ -93,8 +102,8 @@ def test_presets_are_the_models_of_the_paper():
     """Paper 3.4 and Table 2; the sizes are those of the public checkpoints."""
     counts = {}
     with torch.device("meta"), no_init():
-        for name, cfg in PRESETS.items():
-            counts[name] = sum(p.numel() for p in CLASSES[type(cfg)](cfg).parameters())
+        for kind in (OPT, T5):
+            counts |= {name: sum(p.numel() for p in kind(cfg).parameters()) for name, cfg in kind.presets.items()}
     assert counts == {
         "opt-125m": 125_239_296,
         "opt-2.7b": 2_651_596_800,
@@ -383,3 +392,106 @@ def test_the_gelu_is_that_of_config_json(tmp_path):
 def test_a_name_that_is_no_folder_lists_the_presets():
     with pytest.raises(UserError, match="expected a folder, or a name .*opt-2.7b.*flan-t5-xxl"):
         load_llm("opt-9b")
+
+
+# --- a third one -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Architecture of `Average`."""
+
+    vocab_size: int
+    width: int = 16
+    depth: int = 1
+    heads: int = 1
+    mlp: int = 16
+
+
+class Average(torch.nn.Module):
+    """The next token from the average of all embeddings so far, scaled by a persistent buffer."""
+
+    prompt_format = PromptFormat("</s>", "", "\n", " ", "left", False, "Q: {} A:", padding="<unk>")
+    presets = {"average-tiny": AverageConfig(438)}
+    fits_fp16, max_positions, grad_checkpointing = True, None, False
+
+    def __init__(self, cfg: AverageConfig):
+        super().__init__()
+        self.cfg, self.width = cfg, cfg.width
+        self.word_embedding, self.out = torch.nn.Embedding(cfg.vocab_size, cfg.width), torch.nn.Linear(cfg.width, 438)
+        self.register_buffer("scale", torch.ones(()))
+
+    def init_weights(self):
+        torch.nn.init.normal_(self.word_embedding.weight)
+
+    def embed(self, ids):
+        return self.word_embedding(ids)
+
+    def forward(self, prompt, prompt_mask, target):
+        x = torch.cat((prompt, self.embed(target[:, :-1])), dim=1)
+        real = F.pad(prompt_mask, (0, target.shape[1] - 1), value=True)[..., None]
+        mean = (x * real).cumsum(dim=1) / real.cumsum(dim=1).clamp(min=1)
+        return self.out(self.scale * mean[:, -target.shape[1] :])
+
+    def decoder_for(self, prompt, prompt_mask, max_new_tokens):
+        return AverageDecoder(self, prompt, prompt_mask)
+
+
+class AverageDecoder:
+    """The sum so far and its length, of each row."""
+
+    def __init__(self, model, prompt, mask):
+        self.model, self.total, self.count = model, (prompt * mask[..., None]).sum(1), mask.sum(1, keepdim=True)
+
+    def start(self):
+        return self.model.out(self.model.scale * self.total / self.count)
+
+    def step(self, tokens):
+        self.total, self.count = self.total + self.model.embed(tokens), self.count + 1
+        return self.start()
+
+    def select(self, rows, beams=1):
+        self.total, self.count = self.total[rows], self.count[rows]
+
+
+AVERAGE_TABLE = Table([Row(("wte.weight",), "word_embedding.weight"), *both("out", "out"), Row(("scale",), "scale")])
+AVERAGE = LLMFamily(Average, lambda config, where: AverageConfig(config["vocab_size"]), AVERAGE_TABLE)
+
+
+@pytest.fixture
+def average(monkeypatch, tmp_path) -> Path:
+    """A third language model: entered in one place; its folder."""
+    monkeypatch.setitem(LLM_FAMILIES, "average", AVERAGE)
+    folder = tmp_path / "average"
+    folder.mkdir()
+    shutil.copy(ROOT / LLMS["opt"] / "tokenizer.json", folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "average", "vocab_size": 438}))
+    llm = Average(AverageConfig(438))
+    llm.scale.fill_(3)
+    save_file(unload(llm, AVERAGE_TABLE), folder / "model.safetensors")
+    return folder
+
+
+def test_a_third_language_model_is_trained_with_saved_and_opened(average, stage1_run, few_test_images, tmp_path):
+    """Its training ends with an evaluation."""
+    flags = ["--stage", "2", "--init", str(stage1_run), "--llm", str(average), "--out", str(tmp_path / "run")]
+    train.main([*flags, *FEW_STEPS])
+    model, image = Blip2.from_pretrained(tmp_path / "run"), ShapesWorld("test").image(0)
+    assert type(model.llm) is Average and model.llm.scale == 3 and model.template == "Q: {} A:"
+    assert model.llm_tokenizer.pad_id == model.llm_tokenizer.token("<unk>")
+    before = load_file(stage1_run / "model.safetensors")["qformer.queries"]
+    assert not torch.equal(model.qformer.queries, before)
+    assert isinstance(model.ask(image, "what is it?"), str)
+    model.save_pretrained(tmp_path / "again")
+    assert Blip2.from_pretrained(tmp_path / "again").ask(image, "what is it?") == model.ask(image, "what is it?")
+    for form in ("hf", "lavis"):
+        with pytest.raises(UserError, match=f"BLIP-2 in {form} has no place for the language model Average: keep"):
+            export(model, form, tmp_path / "out", "fp32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_third_language_model_has_names_and_an_incomplete_key_table_is_refused(average, monkeypatch):
+    assert type(load_llm("average-tiny")[0]) is Average
+    table = Table([row for row in AVERAGE_TABLE.rows if row.ours != "out.bias"])
+    with pytest.raises(UserError, match="no place for 1 of the 4 tensors of Average .out.bias.: keep the run"):
+        unload(load_llm(str(average))[0], table)

@@ -19,6 +19,14 @@ def drawings() -> dict[str, list[str]]:
     return {kind: ["".join(cells[7 * i : 7 * i + 7]) for cells in rows] for i, kind in enumerate(KINDS)}
 
 
+def assert_drawn(kind: str, expected: Tensor, got: Tensor) -> None:
+    """Two masks (S, S) are equal; if not, both are drawn side by side, and the rows that differ are marked."""
+    if not torch.equal(expected, got):
+        rows = [["".join(".#"[cell] for cell in row) for row in mask.int().tolist()] for mask in (expected, got)]
+        drawn = [f"{a:10}{b:10}{'' if a == b else '<'}".rstrip() for a, b in zip(*rows)]
+        pytest.fail("\n".join([f"the mask {kind!r} is another:", "expected  got", *drawn]), pytrace=False)
+
+
 def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two texts of five tokens, the last of the first text is padding, and image tokens."""
     torch.manual_seed(seed)
@@ -35,7 +43,15 @@ def test_the_drawing_is_the_mask(kind):
     text_mask = torch.tensor([[True, True, True, False]])
     drawn = torch.tensor([[cell == "#" for cell in row] for row in drawings()[kind]])
     assert drawn.shape == (7, 7)
-    assert torch.equal(qformer_mask(kind, text_mask, 3)[0, 0], drawn)
+    assert_drawn(kind, drawn, qformer_mask(kind, text_mask, 3)[0, 0])
+
+
+def test_a_mask_that_is_wrong_is_drawn_beside_the_right_one():
+    """So that a failure is seen, not searched for in tensors of bools."""
+    with pytest.raises(pytest.fail.Exception) as failure:
+        assert_drawn("itg", torch.ones(3, 3).tril() > 0, torch.ones(3, 3) > 0)
+    drawing = ["expected  got", "#..       ###       <", "##.       ###       <", "###       ###"]
+    assert str(failure.value).splitlines() == ["the mask 'itg' is another:", *drawing]
 
 
 def test_the_readme_has_the_same_drawing():
@@ -51,6 +67,18 @@ def test_other_masks_are_refused():
         qformer_mask("itc", torch.ones(1, 4), 3)
     with pytest.raises(ValueError, match='got mask kind \'causal\', expected "itc", "itm" or "itg"'):
         qformer_mask("causal", torch.ones(1, 4, dtype=torch.bool), 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_tokens_or_nothing_in_the_place_of_their_keys_and_values_are_refused(kind):
+    """Every mask has queries, which read the image; PyTorch would report a shape, or nothing."""
+    model = small_qformer()
+    ids, mask, tokens = inputs(0)
+    for image_kv, got in ((None, "NoneType"), (tokens, "Tensor")):
+        with pytest.raises(ValueError, match=rf"got a {got} as image_kv, expected qformer.image_kv\(image_tokens\)"):
+            model(kind, ids, mask, image_kv)
+        with pytest.raises(ValueError, match=f"got a {got} as image_kv"):
+            model.encode_queries(image_kv)
 
 
 # --- the Q-Former obeys it -------------------------------------------------------------------------------------------
@@ -90,7 +118,7 @@ def test_a_gradient_reaches_those_inputs_only_that_the_mask_shows(kind):
         reached = torch.cat(grads, dim=1).abs().amax(dim=2) > 0
         expected = allowed[:, 0, row].clone()
         expected[:, row] = True
-        assert torch.equal(reached, expected)
+        assert_drawn(f"{kind}, output {row}", expected, reached)
 
 
 def test_text_never_reads_the_image_where_queries_are_hidden_and_queries_never_read_text_in_itg():

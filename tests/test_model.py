@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from conftest import LLMS, ROOT, random_batch, small_model, stage2_model
 from torch import Tensor
 
+import model as model_module
 from blip2 import Blip2
 from config import TrainConfig
 from data import Batch, collate_for, llm_batch
 from engine.device import PRECISIONS
 from engine.kernels import attention
-from llm import LLMS as CLASSES
-from llm import PRESETS as LLM_PRESETS
 from losses import IGNORE, Negatives, itc_loss, itc_similarity, smoothing_floor
 from model import OBJECTIVES, Blip2Model
 from qformer import QFormer, QFormerConfig
 from sources.text import BertTokenizer
 from train import build_optimizer, optimize
 from vit import PRESETS, ViT
+from weights.configs import llm_config
 from weights.load import no_init
 from weights.runs import trained_state
 
@@ -71,7 +71,8 @@ def paper_model(vit: str, llm: str | None = None, image_size: int = 224) -> Blip
         encoder = ViT(PRESETS[vit])
         model = Blip2(encoder, QFormer(QFormerConfig(image_width=encoder.cfg.width)), None, image_size)
         if llm:
-            model.add_llm(CLASSES[type(LLM_PRESETS[llm])](LLM_PRESETS[llm]))
+            cfg, family = llm_config(llm)
+            model.add_llm(family.kind(cfg))
     encoder.pos_embed = torch.nn.Parameter(torch.zeros(encoder.pos_embed.shape), False)  # to be resized
     return model
 
@@ -133,6 +134,26 @@ def test_stage_1_trains_everything_but_the_vit():
     optimizer.step()
     assert with_gradient(model) == trained(model) == {name for name in before if not name.startswith("vit.")}
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained(model)
+
+
+@pytest.mark.parametrize("objectives", [("itc",), ("itm",), ("itg",), ("itm", "itg"), ("itc", "itg")], ids=",".join)
+def test_any_choice_of_losses_trains_exactly_what_it_reaches(objectives):
+    """What it does not reach is frozen, or DistributedDataParallel would wait for its gradient; the heads left out are
+    named, so that no call uses them."""
+    model, batch = small_model().train(), random_batch(4)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.train_heads(objectives)
+    optimizer = build_optimizer(model, TrainConfig(lr=1e-2, beta2=0.98, weight_decay=0.0))
+    losses = model.stage1_losses(batch, objectives)
+    assert tuple(losses) == objectives
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert with_gradient(model) == trained(model) >= {"qformer.queries", "qformer.blocks.0.cross.kv.weight"}
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == trained(model)
+    heads = dict(itc=("vision_proj.", "text_proj.", "temperature"), itm=("itm_head.",), itg=("qformer.lm_head.",))
+    for name, head in heads.items():
+        assert any(parameter.startswith(head) for parameter in trained(model)) == (name in objectives), name
+    assert model.untrained_heads == tuple(name for name in OBJECTIVES if name not in objectives)
 
 
 @pytest.mark.parametrize("kind", LLMS)
@@ -206,6 +227,18 @@ def test_itm_compares_the_pairs_of_its_table(monkeypatch):
     for (k, v), (own_k, own_v, other_k, other_v) in zip(image_kv, kv, strict=True):
         assert own_k is k and own_v is v
         assert torch.equal(other_k, k[[1, 2, 0]]) and torch.equal(other_v, v[[1, 2, 0]])
+
+
+@pytest.mark.parametrize("objectives, expected", [(("itc", "itm"), 0.7), (("itm",), 0.0), (("itm", "itg"), 0.0)])
+def test_without_itc_the_negatives_of_itm_are_random(objectives, expected, monkeypatch):
+    """A similarity that is not learned says nothing about what is hard. The loss is that of its pairs all the same."""
+    hardness, model, batch = [], small_model(), random_batch(4)
+    draw = model_module.draw_negatives
+    monkeypatch.setattr(model_module, "draw_negatives", lambda *args: hardness.append(args[-1]) or draw(*args))
+    alone = model.stage1_losses(batch, objectives, generator=torch.Generator().manual_seed(1), hardness=0.7)["itm"]
+    all_three = model.stage1_losses(batch, generator=torch.Generator().manual_seed(1), hardness=expected)["itm"]
+    assert hardness == [expected, expected]
+    torch.testing.assert_close(alone, all_three)
 
 
 def test_itm_is_the_mean_over_its_pairs_one_by_one(monkeypatch):

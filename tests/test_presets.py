@@ -3,10 +3,12 @@ evaluation continues where it stopped, a wrong flag of eval.py gets a sentence."
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import copy_of
 from PIL import Image
 from safetensors import safe_open
 from samples import PRECISE, TINY_RUN, batches_of, caption_file, question_file, write_images
@@ -31,7 +33,9 @@ def test_a_preset_never_changes():
         "vqav2-zeroshot-v1": "19081d7f",
         "okvqa-zeroshot-v1": "8668141e",
         "gqa-zeroshot-v1": "15c8f612",
+        "gqa-zeroshot-v2": "7add0a73",
         "aokvqa-zeroshot-v1": "0014fdf7",
+        "aokvqa-zeroshot-v2": "6dbd6440",
         "vqav2-v1": "02bb0b72",
         "retrieval-v1": "b80e2400",
         "coco-retrieval-v1": "6a4e2ece",
@@ -86,7 +90,7 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(tmp_path, monkeypa
     with batches_of(8):  # three batches
         evaluation.main([*flags, str(tmp_path / "whole.json")])
         monkeypatch.setattr(Blip2, "caption", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="stopped: type the same command again to go on"):
             evaluation.main([*flags, str(tmp_path / "cut.json")])
         (lines,) = (tmp_path / ".cut.json.partial").glob("*/*.jsonl")
         assert len(lines.read_text().splitlines()) == 1
@@ -165,6 +169,55 @@ def test_a_model_with_a_language_model_has_no_projected_features(tmp_path):
     torch.testing.assert_close(found["image_query_outputs"], encoded.query_out)
 
 
+def test_the_texts_of_a_file_are_its_lines(tmp_path, stage1_run):
+    """A line separator of Unicode and a form feed are part of a line."""
+    (tmp_path / "texts.txt").write_bytes("a\u2028red star\r\ntwo\fcircles\n\na".encode())
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images", 1)
+    flags = ["--images", str(tmp_path / "images"), "--texts", str(tmp_path / "texts.txt"), *PRECISE]
+    evaluation.main(["features", "--checkpoint", str(stage1_run), "--out", str(tmp_path / "f.safetensors"), *flags])
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["texts"]) == ["a\u2028red star", "two\fcircles", "", "a"]
+        assert len(file.get_tensor("text_features")) == 4
+
+
+# --- checkpoints, flags of the search, lost output -------------------------------------------------------------------
+
+
+def test_each_checkpoint_of_a_run_can_be_evaluated_and_a_wrong_one_names_them(tmp_path, stage1_run):
+    data, run = caption_file(tmp_path, 2), copy_of(stage1_run, tmp_path)
+    shutil.copytree(run / "step-000004", run / "best")
+    for name in ("best", "step-000004"):
+        result = evaluation.main(["retrieval", "--checkpoint", str(run / name), "--data", data, *PRECISE])
+        assert result["checkpoint"] == str(run / name) and result["images"] == 2
+    with pytest.raises(UserError, match="step-000700 does not exist: in .* there are best, step-000004$"):
+        evaluation.main(["retrieval", "--checkpoint", str(run / "step-000700"), "--data", data])
+
+
+def test_flags_of_the_search_reach_it_and_the_result(tmp_path, monkeypatch):
+    seen, caption = [], Blip2.caption
+    monkeypatch.setattr(Blip2, "caption", lambda *a, **how: seen.append(how) or caption(*a, **how))
+    flags = ["--length-penalty", "-1", "--repetition-penalty", "1.5", "--min-new-tokens", "4", *PRECISE]
+    given = {"length_penalty": -1.0, "repetition_penalty": 1.5, "min_new_tokens": 4}
+    result = evaluation.main(["captions", "--checkpoint", TINY_RUN, "--data", caption_file(tmp_path, 2), *flags])
+    assert result["preset"]["changed"] == sorted(given)
+    evaluation.main(["ask", "--image", str(tmp_path / "0.png"), *flags])
+    assert len(seen) == 2 and all(given.items() <= how.items() for how in seen)
+
+
+def test_the_table_is_printed_before_a_file_is_written(tmp_path, monkeypatch, capsys):
+    """A full disk does not cost the numbers."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "write_json", full)
+    flags = ["--data", caption_file(tmp_path, 2), "--predictions", str(tmp_path / "p.json"), *PRECISE]
+    with pytest.raises(OSError, match="No space left"):
+        evaluation.main(["captions", "--checkpoint", TINY_RUN, *flags])
+    assert "CIDEr" in capsys.readouterr().out
+
+
 # --- wrong flags -----------------------------------------------------------------------------------------------------
 
 
@@ -188,11 +241,14 @@ def run(flags: str, folder) -> None:
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ("captions --data nowhere.json", "--data nowhere.json does not exist: expected a .json or .jsonl file"),
+        ("captions --data nowhere.json", "--data nowhere.json does not exist: expected an annotation file"),
         ("captions --split nonsense", "got --split nonsense of the shapes world, expected train, val, test"),
         ("captions --data CAPTIONS --out FOLDER", "is a folder: pass the name of a file in it"),
         ("captions --data CAPTIONS --predictions no/p.json", "--predictions no/p.json: the folder no does not exist"),
+        ("captions --data CAPTIONS --predictions /proc/p.json", "--predictions /proc/p.json cannot be written ("),
+        ("captions --data CAPTIONS --out /proc/o.json", "--out /proc/o.json cannot be written ("),
         ("captions --data CAPTIONS --beams 0", "argument --beams: got 0, expected at least 1"),
+        ("captions --data CAPTIONS --repetition-penalty 0", "got --repetition-penalty 0.0, expected above 0"),
     ],
 )
 def test_a_wrong_flag_gets_a_sentence_before_the_model_is_loaded(data, monkeypatch, capsys, flags, sentence):

@@ -3,6 +3,7 @@ records; and what is wrong with the files is known before a long run."""
 
 import hashlib
 import json
+import os
 import struct
 from collections import Counter
 
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, shared
-from PIL import Image
+from PIL import Image, ImageOps
 
 from engine.errors import UserError
 from llm import OPT, T5
 from sources import layouts
 from sources.annotations import AnnotationFile, Mixture, open_images
-from sources.images import decode_crop, eval_transform, open_image, random_crop, to_rgb, train_transform
+from sources.images import decode_crop, eval_transform, images_in, open_image, random_crop, to_rgb, train_transform
 from sources.layouts import open_records, stream_records
 from sources.text import (
     BertTokenizer,
@@ -28,6 +29,7 @@ from sources.text import (
     says_left_or_right,
     split_prefix,
 )
+from tasks.batches import Gallery
 from tools import data as data_command
 
 BERT = ROOT / "assets/tiny/bert"
@@ -186,6 +188,47 @@ def test_the_rotation_flag_of_the_camera_is_obeyed(tmp_path, kind):
     assert crops[0][0].size == crops[1][0].size == (200, 800) and crops[0][1] == crops[1][1]
 
 
+@pytest.mark.parametrize("flag", range(10))
+def test_every_rotation_flag_is_undone_as_pillow_would(flag):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    image.getexif()[ROTATION] = flag
+    turned = to_rgb(image)
+    assert turned == ImageOps.exif_transpose(image).convert("RGB") and to_rgb(turned) == turned
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("entry", ["xres_minus1_over_0", "xmp_ascii", "desc_as_float", "resunit_as_ascii"])
+def test_an_odd_exif_entry_beside_the_flag_is_no_obstacle(kind, entry):
+    """Pillow raises struct.error, TypeError or AttributeError when it writes these again."""
+    image = open_image(shared(f"cases/03-exif/{entry}.{kind}"))
+    assert image.size == (48, 64)  # of 64 x 48, turned
+
+
+@pytest.mark.parametrize(
+    "mode, values, grey",
+    [
+        ("F", [0, 0.5, 1], [0, 128, 255]),
+        ("F", [0, 2, 255], [0, 2, 255]),
+        ("F", [0, 257, 65535], [0, 1, 255]),
+        ("I", [0, 128, 255], [0, 128, 255]),
+        ("I", [0, 257, 65535], [0, 1, 255]),
+        ("I;16", [0, 3, 255], [0, 0, 1]),  # a dark one: 16 bits say their range themselves
+    ],
+)
+def test_numbers_beyond_8_bits_are_scaled_by_what_they_are(tmp_path, mode, values, grey):
+    """A TIFF of floats or 32-bit integers is neither black nor white."""
+    dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
+    image = Image.fromarray(np.array([values], dtype))
+    image.save(tmp_path / "a.tif")
+    assert image.mode == mode and np.array(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == grey
+
+
+def test_hidden_files_are_no_images_of_a_folder(tmp_path):
+    for name in ("b.avif", "a.jfif", "c.JP2", "._a.jpg", "notes.txt"):
+        write(tmp_path, name, "")
+    assert [path.name for path in images_in(tmp_path)] == ["a.jfif", "b.avif", "c.JP2"]
+
+
 def test_an_image_with_damaged_exif_is_an_image(tmp_path):
     """Only its rotation is unknown."""
     odd = b"Exif\0\0" + struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, ROTATION, 7, 1, 6, 0)  # of a wrong type
@@ -294,9 +337,101 @@ def test_a_record_is_an_image_with_one_or_several_captions(tmp_path):
     source = AnnotationFile(write(tmp_path, "b.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n"))
     assert source[0].captions == ["one", "two"] and source.num_texts == 3
     assert source[0].key == "9" and source[1].key == "1.png"
-    (tmp_path / "c").mkdir()
-    source = AnnotationFile(write_annotations(tmp_path / "c", image_id=None))  # as pandas writes it
-    assert source[0].key == "0.png"
+
+
+@pytest.mark.parametrize("image_id", [None, float("nan"), "", " ", "nan", {}, []])
+def test_an_image_id_that_is_none_is_none(tmp_path, image_id):
+    """As pandas and others write it; else all images would be one."""
+    assert AnnotationFile(write_annotations(tmp_path, image_id=image_id))[0].key == "0.png"
+    for kept in (0, 0.5, "000", "coco_7", 10**30):
+        assert AnnotationFile(write_annotations(tmp_path, image_id=kept))[0].key == str(kept)
+
+
+def test_an_image_id_of_several_files_is_told(tmp_path, capsys):
+    records = [{"image": f"{i // 2}.png", "caption": "a dog", "image_id": [7, -1, -1][i // 2]} for i in range(6)]
+    path = write(tmp_path, "a.json", records)
+    AnnotationFile(path)
+    said = f"{path}: 1 image_ids are of several files, which count as one image: -1 of 1.png and 2.png; remove them"
+    assert capsys.readouterr().out.startswith(said)
+    assert "with the image_id of another file: 2\n  -1 for 1.png and 2.png\n" in checked(path, capsys=capsys)[1]
+    AnnotationFile(write(tmp_path, "a.json", records[:4]))
+    assert capsys.readouterr().out == ""
+
+
+def test_images_are_counted_once_but_for_many_rows_the_rows(tmp_path):
+    """A row a caption, in many files: the recipe depends on the images."""
+    records = [{"image": f"{row // 3}.png", "caption": "a dog"} for row in range(12)]
+    images = open_images([write(tmp_path, "a.json", records)], "train", 8)
+    assert images.num_images(13) == 4 and images.num_images(12) == 12
+    assert images.held_out(1)[0].num_images(13) == 3
+
+
+def test_an_image_id_of_odd_digits_is_a_name(tmp_path):
+    """int() reads no superscripts."""
+    ids = ["\u00b2\u00b3", "007", "coco_7"]
+    records = [{"image": "0.png", "caption": "a dog", "image_id": image_id} for image_id in ids]
+    gallery = Gallery(open_images([write(tmp_path, "a.json", records)], "train", 8))
+    assert [gallery.public_id(image) for image in range(3)] == ["\u00b2\u00b3", 7, "coco_7"]
+
+
+def test_an_image_name_need_not_be_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    write_annotations(tmp_path, 1)
+    os.rename(tmp_path / "0.png", tmp_path / name)
+    images = open_images([write(tmp_path, "a.json", [{"image": name, "caption": "a dog"}])], "train", 8)
+    assert images[0].open().size == (40, 30) and images.image_id(0) >= 0 and len(images.fingerprint()) == 64
+
+
+def test_empty_captions_beside_others_are_left_out_and_counted(tmp_path, capsys):
+    """Visual Genome has empty phrases, COCO captions of a line end."""
+    notes = [{"image_id": 0, "caption": caption} for caption in ("\n", "A dog", None, "!")]
+    path = write(tmp_path, "a.json", {"images": [{"id": 0, "file_name": "0.png"}], "annotations": notes})
+    source = AnnotationFile(path)
+    assert source[0].captions == ["A dog"] and source.num_texts == 1
+    assert capsys.readouterr().out == f"{path}: 3 captions without a word are left out\n"
+
+
+def test_peoples_answers_are_kept_as_they_are(tmp_path):
+    """Accuracy counts all ten, whatever they are; what is learned is a text."""
+    records = [{"image": "0.png", "question": "what?", "answer": answer} for answer in (["!", "", "a dog"], ["", " "])]
+    source = AnnotationFile(write(tmp_path, "q.json", records), questions=True)
+    assert [sample.record["answer"] for sample in source] == [["!", "", "a dog"], ["", " "]]
+    assert source[0].texts() == [("what?", "!"), ("what?", "a dog")] and source.unanswered == 1
+
+
+def test_a_folder_of_images_with_texts_is_read_as_it_is(tmp_path, capsys):
+    """As img2dataset unpacks and kohya's tools want it: each line of 0.txt is a caption of 0.png."""
+    write_annotations(tmp_path, 4)
+    write(tmp_path, "0.txt", "a dog\n\n a cat\u2028on a mat \n")
+    write(tmp_path, "2.txt", "\n")
+    write(tmp_path, "3.txt", "a bird")
+    images = open_images([str(tmp_path)], "train", 8)
+    assert [sample.captions for sample in images] == [["a dog", "a cat\u2028on a mat"], ["a bird"]]
+    assert images[1].open().getpixel((0, 0)) == (30,) * 3
+    said = f"{tmp_path}: 2 of 4 images are left out, which have no .txt with a caption\n"
+    assert capsys.readouterr().out == said
+    assert f"{tmp_path}: a folder of images with texts, 2 records, 2 images" in checked(tmp_path, capsys=capsys)[1]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("metadata.csv", 'file_name,text\n0.png,"a dog, big"\n'),
+        ("metadata.jsonl", '{"file_name": "0.png", "text": "a dog, big"}\n'),
+    ],
+)
+def test_a_folder_may_have_hugging_faces_metadata(tmp_path, name, content):
+    write_annotations(tmp_path, 2)
+    write(tmp_path, name, content)
+    source = AnnotationFile(tmp_path)
+    assert len(source) == 1 and source[0].captions == ["a dog, big"] and source[0].open().size == (40, 30)
+
+
+@pytest.mark.parametrize("name", ["a.JSON", "a.ndjson", "a.JSONL"])
+def test_json_by_other_names(tmp_path, name):
+    record = json.dumps({"image": "0.png", "caption": "a dog"})
+    content = f"[{record}]" if name == "a.JSON" else f"{record}\n{record}\n"
+    assert AnnotationFile(write(tmp_path, name, content))[0].captions == ["a dog"]
 
 
 def test_a_record_may_be_a_question_with_its_answers(tmp_path):
@@ -471,7 +606,7 @@ FILES = {
                        "types": {"detailed": "d", "semantic": "attr", "structural": "verify"}}},
         None,
         {"image": "n161313.jpg", "image_id": "n161313", "question": "Is it red?", "question_id": "201307251",
-         "answer": ["no"], "question_type": "verify"},
+         "answer": ["no"], "question_type": "verify", "isBalanced": True},
     ),
     "A-OKVQA": (
         "aokvqa_v1p0_val.json",
@@ -480,7 +615,7 @@ FILES = {
           "rationales": ["r"]}],
         None,
         {"image": "000000000042.jpg", "image_id": 42, "question": "What?", "question_id": "22jbM6",
-         "answer": ["b"] * 10, "choices": ["a", "b", "c", "d"]},
+         "answer": ["b"] * 10, "choices": ["a", "b", "c", "d"], "difficult_direct_answer": False},
     ),
     "Visual Genome regions": (
         "region_descriptions.json",
@@ -533,6 +668,39 @@ def test_a_published_file_becomes_records(name, tmp_path, capsys):
     assert opened[0].name == str(tmp_path / record["image"])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        'image,caption\na.jpg,"a dog, a cat"\nb.jpg,two\n',
+        '\ufeffimage,caption\r\na.jpg,"a dog, a cat"\r\nb.jpg,two\r\n',  # Excel's
+        'Image , Caption\na.jpg , "a dog, a cat"\n\nb.jpg , two',
+        '"image","caption"\n"a.jpg","a dog, a cat"\n"b.jpg","two"\n',  # pandas, QUOTE_ALL
+        '"","image","caption"\n"1","a.jpg","a dog, a cat"\n"2","b.jpg","two"\n',  # R's write.csv
+        ',image,caption\n0,a.jpg,"a dog, a cat"\n1,b.jpg,two,\n',  # pandas' index; an empty cell too many
+        "image;caption\na.jpg;a dog, a cat\nb.jpg;two\n",
+        "image\tcaption\na.jpg\ta dog, a cat\nb.jpg\ttwo\n",
+        '"image"\t"caption"\n"a.jpg"\t"a dog, a cat"\n"b.jpg"\t"two"\n',
+    ],
+)
+def test_tables_are_read_as_programs_write_them(tmp_path, content):
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    assert [sample.record for sample in AnnotationFile(tmp_path / "a.csv")] == [
+        {"image": "a.jpg", "caption": ["a dog, a cat"]},
+        {"image": "b.jpg", "caption": ["two"]},
+    ]
+
+
+def test_quotation_marks_of_a_table_with_tabs_are_text(tmp_path):
+    rows = ['a.jpg\t"stop" sign', 'b.jpg\t"a man says', "c.jpg\tbye"]
+    source = AnnotationFile(write(tmp_path, "a.tsv", "\n".join(["image\tcaption", *rows])))
+    assert [sample.captions for sample in source] == [['"stop" sign'], ['"a man says'], ["bye"]]
+
+
+def test_columns_of_one_name_are_several_captions(tmp_path):
+    source = AnnotationFile(write(tmp_path, "a.csv", "image,caption,caption\na.jpg,one,two\nb.jpg,three,\n"))
+    assert [sample.captions for sample in source] == [["one", "two"], ["three"]]
+
+
 def test_tables_keep_the_line_ends_and_bars_in_their_captions(tmp_path):
     table = write(tmp_path, "a.csv", 'image,caption\na.jpg,"a dog\nthat runs"\nb.jpg,a | 3 cats\n')
     assert [record["caption"] for record in open_records(table)[1]] == [["a dog\nthat runs"], ["a | 3 cats"]]
@@ -572,11 +740,11 @@ def test_a_file_that_fits_no_layout_gets_a_sentence_and_no_output(content, secon
 # --- python -m tools.data check --------------------------------------------------------------------------------------
 
 
-def checked(*args, capsys) -> tuple[int, str]:
+def checked(*args, capsys, workers=0) -> tuple[int, str]:
     """Exit status and output."""
     status = 0
     try:
-        data_command.main(["check", *map(str, args), "--workers", "0"])
+        data_command.main(["check", *map(str, args), "--workers", str(workers)])
     except SystemExit as error:
         status = error.code
     return status, capsys.readouterr().out
@@ -596,7 +764,7 @@ def test_check_finds_every_problem_of_annotation_files_and_their_images(tmp_path
     for line in (
         "unreadable images: 2",
         "broken.png is ",
-        "nowhere.png cannot be read (No such file or directory)",
+        "nowhere.png does not exist: check the name",
         "duplicate images: 1",
         "copy.png is the same image as ",
         "with an empty text: 1",
@@ -611,7 +779,7 @@ def test_check_finds_every_problem_of_annotation_files_and_their_images(tmp_path
 
 def test_check_finds_nothing_wrong_with_good_files(tmp_path, capsys):
     file = write_annotations(tmp_path, 2)
-    status, out = checked(file, capsys=capsys)
+    status, out = checked(file, capsys=capsys, workers=-1)
     assert status == 0 and out.endswith(f"{file}: a list of records, 2 records, 2 images in {tmp_path}\nfine\n")
     assert out.startswith("text lengths are not checked: add --bert FOLDER")
     test_set = write(tmp_path, "test.json", [{"image": "0.png", "question": "what is it?", "question_id": 1}])

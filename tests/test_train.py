@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,19 +19,21 @@ from samples import caption_file, question_file
 import losses
 import train
 from blip2 import Blip2
-from config import RECIPES, TrainConfig
+from config import TrainConfig
 from data import collate_lm
 from engine import checkpoint
 from engine.checkpoint import GracefulStop, save_checkpoint
 from engine.errors import UserError
 from engine.log import memory_estimate, model_summary
 from model import Blip2Model
+from recipes import RECIPES
 from sources import shapes
-from sources.annotations import open_images
+from sources.annotations import Mixture, open_images
 from sources.shapes import ShapesWorld
 from tasks import validation
-from tasks.features import CachedTokens
+from tasks.features import CachedTokens, cache_tokens
 from train import build_optimizer, hardness_at, lr_at, set_lr
+from weights.runs import Source
 
 STAGE1 = "--vit assets/tiny/vit --bert assets/tiny/bert --batch 4 --queries 4 --eval-every 0 --precision fp32"
 STAGE2 = "--stage 2 --batch 4 --eval-every 0 --precision fp32"
@@ -404,7 +407,7 @@ def test_an_existing_run_is_not_overwritten_by_accident(tmp_path, run_train, sta
         with pytest.raises(UserError):
             run_train(run, STAGE1, "--overwrite", wrong)
     assert (run / "model.safetensors").read_bytes() == (stage1_run / "model.safetensors").read_bytes()
-    assert len(run_train(run, STAGE1, "--overwrite --steps 2 --keep 2")) == 2
+    assert len(run_train(run, STAGE1, "--overwrite --steps 2 --keep 2 --save-every 2")) == 2
     assert [path.name for path in run.glob("step-*")] == ["step-000002"]
 
 
@@ -504,6 +507,28 @@ def test_a_run_is_not_resumed_over_another_encoder(tmp_path, run_train):
         run_train(tmp_path / "run", "--resume")
 
 
+def test_a_run_resumes_where_its_data_its_parts_and_the_user_have_moved(tmp_path, run_train, monkeypatch):
+    """--data says where they are now; other records are refused. Parts are found beside the run, from any folder."""
+    (tmp_path / "old").mkdir()
+    data = caption_file(tmp_path / "old", 8)
+    shutil.copytree(ROOT / "assets/tiny/vit", tmp_path / "old/vit")
+    run = tmp_path / "old/run"
+    short = "--steps 2 --save-every 1 --keep 2 --image-size 64 --vit"
+    run_train(run, STAGE1, short, tmp_path / "old/vit", "--data", data)
+    shutil.rmtree(run / "step-000002")
+    os.rename(tmp_path / "old", tmp_path / "new")
+    monkeypatch.chdir(tmp_path / "new")
+    run, data = tmp_path / "new/run", data.replace("/old/", "/new/")
+    with pytest.raises(UserError, match="does not exist"):
+        run_train(run, "--resume")
+    records = json.loads(Path(data).read_text())
+    Path(data).write_text(json.dumps(records[::-1]))
+    with pytest.raises(UserError, match="--resume: --data holds other records than before: put the old ones"):
+        run_train(run, "--resume --data", data)
+    Path(data).write_text(json.dumps(records))
+    assert [row["step"] for row in run_train(run, "--resume --data", data)] == [1, 2]
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and pytest -m cuda")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -560,9 +585,84 @@ def test_a_run_without_itg_is_validated_without_captions(tmp_path, capsys, few_i
     flags = [*STAGE1.split(), "--steps", "2", "--eval-every", "1", "--losses", objectives]
     result = train.main([*flags, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert said.count("validation, itc: image-to-text R@1 ") == 2 and 'reference: "' not in said
+    assert said.count("R@1 by ITC: image-to-text ") == 2 and 'reference: "' not in said
     assert ("reranked" in result) == ("itm" in objectives)
     assert json.loads((tmp_path / "retrieval.json").read_text())["itc"] == result["itc"]
+
+
+def test_each_number_of_a_validation_stands_beside_that_of_chance():
+    """In short lines."""
+    caption, model = {"correct captions": 5.0, "correct captions of shuffled images": 0.5}, small_model(0)
+    model.untrained_heads = ("itg",)
+    accuracies = {"the image": {"all": 93.0}, "the majority answer": {"all": 26.6}}
+    for result, lines in [
+        (
+            retrieval_result(40.0) | {"chance": retrieval_result(2.0)["chance"]},
+            [
+                "validation at step 500: mean recall 40.0 % (chance 2.0 %), the best so far (0 s)",
+                "  R@1 by ITC: image-to-text 40.0 %, text-to-image 40.0 % (chance 2.0 %)",
+                "  R@1 by ITM: image-to-text 40.0 %, text-to-image 40.0 % (chance 2.0 %)",
+            ],
+        ),
+        (
+            {"task": "vqa", "accuracy": 41.0, "majority answer": "2", "accuracy of the majority answer": 26.6},
+            ['validation at step 500: accuracy 41.0 % (always "2": 26.6 %), the best so far (0 s)'],
+        ),
+        (
+            {"task": "captions", "CIDEr": 36.0, "shuffled images": {"CIDEr": 7.3}},
+            ["validation at step 500: CIDEr 36.0 (shuffled images: 7.3), the best so far (0 s)"],
+        ),
+        (
+            {"task": "answers", "accuracy": accuracies} | caption,
+            [
+                "validation at step 500: accuracy 93.0 % (majority answers: 26.6 %), the best so far (0 s)",
+                "  correct captions 5.0 % (shuffled images: 0.5 %)",
+            ],
+        ),
+        (
+            {"task": "shapes captions"} | caption,
+            ["validation at step 500: correct captions 5.0 % (shuffled images: 0.5 %), the best so far (0 s)"],
+        ),
+    ]:
+        said = validation.validation_lines(model, None, result | {"seconds": 0}, 500, True)
+        assert said.split("\n") == lines and max(map(len, lines)) < 100
+
+
+def test_a_run_that_overfits_says_what_helps_also_after_a_resume(tmp_path, monkeypatch, capsys, run_train):
+    """At the third validation in a row below the best, and the sixth."""
+    scores = iter([10.0, 30.0, 20.0, 25.0, 30.0, 5.0, 5.0, 5.0, 31.0])
+    monkeypatch.setattr(validation, "evaluate", lambda *_, **__: retrieval_result(next(scores)))
+    monkeypatch.setattr(validation, "validation_lines", lambda *_: "")
+    said = []
+    for flags in (f"{STAGE1} --steps 9 --eval-every 1 --save-every 1 --dropout 0.1", "--resume"):
+        in_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_train(tmp_path, flags)
+        said.append(capsys.readouterr().out)
+    warnings = [line for line in "".join(said).splitlines() if "has not improved" in line]
+    assert warnings == [
+        f"validation has not improved for {count} times since step 2: the model overfits" for count in (3, 6)
+    ]
+    assert "has not improved for 3" in said[0] + said[1] and "has not improved for 6" in said[1]
+    helps = "  best/ keeps the best one. What helps: more images, fewer --steps\n"
+    assert "".join(said).count(helps) == 2  # there is dropout, and no cache
+
+
+@pytest.mark.parametrize(("count", "evaluated"), [(0, 16), (5, 6), (6, 6), (100, 16)])
+def test_the_final_evaluation_may_take_the_first_images_and_no_half_of_twins(
+    tmp_path, monkeypatch, few_images, count, evaluated
+):
+    seen = []
+
+    def evaluate(model, images, *_, quick):
+        seen.append(images.chosen.tolist())
+        return retrieval_result(1.0)
+
+    monkeypatch.setattr(validation, "evaluate", evaluate)
+    cfg = SimpleNamespace(data=["shapes"], image_size=64, stage="1", test_images=count, val_photos=0)
+    run = Path("assets/tiny/blip2")
+    monkeypatch.setattr(validation, "write_result", lambda *_: None)
+    validation.final_evaluation(Blip2.from_pretrained(run), None, cfg, ("itc",), 0, run)
+    assert seen == [list(range(evaluated))]
 
 
 def test_a_validation_shows_two_captions_with_their_references(tmp_path, run_train, capsys, few_images):
@@ -611,6 +711,21 @@ def test_a_model_is_best_by_one_number_of_its_task(result, expected):
 
 
 # --- the feature cache -----------------------------------------------------------------------------------------------
+
+
+def test_other_weights_or_another_order_of_the_images_are_another_cache(tmp_path, monkeypatch):
+    """Random weights, or trained since, have no file: all of them count."""
+    model, images = Blip2.from_pretrained("assets/tiny/blip2"), open_images([caption_file(tmp_path, 3)], "train", 64)
+    model.sources["vit"] = Source("")
+
+    def file(*image_ids: int) -> str:
+        monkeypatch.setattr(Mixture, "image_id", lambda _, row: image_ids[row])
+        return cache_tokens(model, images, tmp_path / "cache", 0).file.filename
+
+    first = file(1, 1, 2)
+    assert file(1, 1, 2) == first != file(1, 2, 2)
+    model.vit.blocks[-1].fc2.weight.data[0] += 1
+    assert file(1, 1, 2) != first
 
 
 def test_cached_features_are_the_encoders_and_it_sees_each_image_once(tmp_path, monkeypatch, run_train):

@@ -23,7 +23,7 @@ from tasks.shapes_qa import (
     shapes_vqa_table,
     true_captions,
 )
-from tasks.vqa import vqa, vqa_table
+from tasks.vqa import answer_scores, vqa, vqa_table
 
 
 def open_questions(file: str):
@@ -103,6 +103,72 @@ def test_any_reference_counts_where_there_are_fewer_than_ten(tmp_path):
     images = open_images([str(tmp_path / "a.json")], "val", 64, [folder], questions=True)
     result = vqa(Blip2.from_pretrained(TINY_RUN), images)
     assert result["metric"] == "any" and len(result["predictions"]) == 6
+
+
+# --- the rules of other data sets ------------------------------------------------------------------------------------
+
+AOKVQA = [  # question_id, people's answers, difficult_direct_answer
+    ("q1", ["Black", "black", "BLACK"], False),
+    ("q2", ["nobody says it"] * 3, True),
+    ("q3", ["Blue", "Blue", "red"], False),
+]
+
+
+def test_aokvqa_leaves_out_difficult_questions_and_ignores_case():
+    """As allenai/aokvqa's eval_predictions.py; LAVIS counts all questions, by the letter: the preset's -v1."""
+    records = [{"answer": people, "difficult_direct_answer": difficult} for _, people, difficult in AOKVQA]
+    official = answer_scores(["BLACK", "black", "BLUE"], records, "aokvqa", False)
+    assert official["accuracy"] == round(100 * (1 + 2 / 3) / 2, 2) and official["questions counted"] == 2
+    lavis = answer_scores(["black"] * 2 + ["blue"], records, "direct", False)
+    assert lavis["accuracy"] == round(100 * (1 / 3) / 3, 2) and lavis["questions counted"] == 3
+
+
+def test_gqa_counts_balanced_questions_where_the_file_says_which():
+    records = [{"answer": ["yes"], "isBalanced": True}, {"answer": ["no"], "isBalanced": False}, {"answer": ["yes"]}]
+    assert answer_scores(["yes"] * 3, records, "gqa balanced", False)["accuracy"] == 100
+    assert answer_scores(["yes"] * 3, records, "gqa", False)["accuracy"] == 66.67
+
+
+@pytest.mark.parametrize("written", [list, str])
+def test_predictions_of_aokvqa_are_as_its_tool_reads_them(tmp_path, written):
+    """By question_id; tables of the data set have the answers as one string, "['a', 'b']"."""
+    few(1)[0].open().save(tmp_path / "0.png")
+    rows = [
+        {"image": "0.png", "question_id": key, "question": "what?", "choices": ["a"], "correct_choice_idx": 0}
+        | {"direct_answers": written(people), "difficult_direct_answer": difficult}
+        for key, people, difficult in AOKVQA
+    ]
+    data, out = tmp_path / "a.json", tmp_path / "p.json"
+    data.write_text(json.dumps(rows))
+    flags = ["--preset", "aokvqa-zeroshot-v2", "--image-size", "64", "--predictions", str(out), *PRECISE]
+    result = evaluation.main(["vqa", "--checkpoint", TINY_RUN, "--data", str(data), *flags])
+    assert [example["references"] for example in result["examples"]][0] == ["Black", "black", "BLACK"]
+    assert "over 2 questions; left out: 0 without an answer, 1 by the rule of aokvqa" in vqa_table(result)
+    server = json.loads(out.read_text())
+    assert list(server) == ["q1", "q2", "q3"] and all(list(row) == ["direct_answer"] for row in server.values())
+
+
+def test_predictions_of_gqa_are_as_its_tool_reads_them(tmp_path):
+    few(1)[0].open().save(tmp_path / "7.jpg")
+    data, out = tmp_path / "gqa.json", tmp_path / "p.json"
+    data.write_text(json.dumps({"201": {"question": "what?", "imageId": "7", "isBalanced": True, "answer": "x"}}))
+    flags = ["--data", str(data), "--predictions", str(out), "--image-size", "64", *PRECISE]
+    evaluation.main(["vqa", "--checkpoint", TINY_RUN, *flags])
+    ((row,), answers) = json.loads(out.read_text()), open_questions(str(data))[0].record["answer"]
+    assert set(row) == {"questionId", "prediction"} and row["questionId"] == "201" and answers == ["x"]
+
+
+def test_a_question_without_an_answer_costs_only_itself(tmp_path):
+    data = question_file(tmp_path, 4)
+    records = json.loads((tmp_path / "questions.json").read_text())
+    del records[0]["answer"]
+    (tmp_path / "questions.json").write_text(json.dumps(records))
+    result = vqa(Blip2.from_pretrained(TINY_RUN), open_questions(data))
+    right = [
+        p["answer"] == r["answer"][0] for p, r in zip(result["predictions"], records, strict=True) if "answer" in r
+    ]
+    assert result["accuracy"] == round(100 * sum(right) / 11, 2) and result["metric"] == "vqa"
+    assert "over 11 questions; left out: 1 without an answer, 0 by the rule of vqa" in vqa_table(result)
 
 
 # --- questions and captions of the shapes world ----------------------------------------------------------------------
@@ -186,4 +252,14 @@ def test_the_share_of_correct_captions_is_counted(monkeypatch):
     result = shapes_captioning(model, images)
     assert result["task"] == "shapes captions" and result["correct captions"] == 50
     assert {mistake["image"] for mistake in result["mistakes"]} <= {images[row].name for row in range(1, 12, 2)}
-    assert "correct captions: 50.0 %" in shapes_captioning_table(result)
+    assert "correct captions: 50.0 % (of shuffled images 0.0 %)" in shapes_captioning_table(result)
+    captions = captions[6:] + captions[:6]
+    assert shapes_captioning(model, images)["correct captions of shuffled images"] == 50
+
+
+def test_the_majority_answer_stands_beside_a_quick_evaluation_too(monkeypatch):
+    model, images = stage2_model("opt"), few(20)
+    monkeypatch.setattr(model, "caption", lambda encoded: ["a red star"] * len(encoded.tokens))
+    quick = shapes_vqa(model, images, controls=False)
+    assert list(quick["accuracy"]) == ["the image", "the majority answer"]
+    assert quick["accuracy"]["the majority answer"]["all"] > 20

@@ -5,7 +5,9 @@ parameter filled or newly initialized for a reason; what does not fit is one err
 nothing.
 """
 
+import argparse
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -14,7 +16,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,23 +33,23 @@ from public_checkpoints import (
     lavis_checkpoint,
     lavis_shapes,
     norm,
-    random_blip2,
+    public_blip2,  # noqa: F401  the fixture `public`
     random_tensors,
 )
 from safetensors.torch import load_file, save_file
 
 from blip2 import Blip2
 from engine.errors import UserError
-from llm import LLMS as LLM_CLASSES
-from llm import PRESETS as LLM_PRESETS
 from qformer import QFormer, QFormerConfig
 from sources.shapes import ShapesWorld
+from sources.text import BertTokenizer
 from tools.weights import main as weights_command
 from vit import PRESETS, ViT, ViTConfig
 from weights.configs import bert_config, hf_qformer_config, llm_config, vit_config
 from weights.export import write_shards
-from weights.load import first_match, load, match, no_init, sha256, unload, weight_files
-from weights.open import load_bert, load_vit
+from weights.load import first_match, load, match, no_init, open_tensors, sha256, unload, weight_files
+from weights.open import load_bert, load_llm, load_vit
+from weights.runs import relative, relocated
 from weights.tables import (
     BERT,
     DINOV2,
@@ -65,22 +66,11 @@ from weights.tables import (
 
 transformers = pytest.importorskip("transformers")
 TINY = ("assets/tiny/vit", "assets/tiny/bert")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"  # what Git leaves for a large file
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
-
-@pytest.fixture(scope="module")
-def public(tmp_path_factory):
-    """public(kind) -> a random BLIP-2 of transformers, and its folder, read-only."""
-
-    @cache
-    def build(kind: str, **options):
-        folder = tmp_path_factory.mktemp(kind)
-        return random_blip2(kind, folder, **options), folder
-
-    return build
 
 
 @pytest.fixture
@@ -164,6 +154,52 @@ def test_a_dtype_that_is_too_narrow_is_refused():
     assert model.weight.dtype == torch.bfloat16
 
 
+def test_of_many_problems_of_a_kind_ten_are_listed():
+    model = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(9)))
+    with pytest.raises(UserError) as error:
+        load(model, {f"teacher.net.{i}.x": torch.ones(1) for i in range(12)}, Table([]), "file")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 11 + 11 and lines[11] == "  missing: 8 more" and lines[-1] == "  unknown: 2 more"
+    assert "30 problem(s); all its keys begin with teacher.net., which is none of module., " in lines[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantized_weights_are_refused(dtype):
+    bad = toy_tensors(**{"b.weight": torch.ones(1, 3).to(dtype), "b.weight_scale": torch.ones(1)})
+    with pytest.raises(UserError, match=r"toy is quantized, b.weight is \w+: expected weights in fp32, bf16 or fp16"):
+        load(toy(), bad, TOY, "toy")
+
+
+class Counting(torch.nn.Module):
+    """A parameter, the same again, a persistent buffer, and one that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.tied = self.weight
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+
+def test_a_buffer_that_is_saved_is_loaded_again(tmp_path):
+    """Also into a module on the meta device; a tied parameter is saved once."""
+    model, other = small_model(), small_model()
+    model.extra, other.extra = Counting(), Counting()
+    model.extra.count += 7
+    model.extra.weight.data += 3
+    model.tokenizer = BertTokenizer(TINY[1])
+    model.save_pretrained(tmp_path / "run")
+    names = {name for name in load_file(tmp_path / "run/model.safetensors") if name.startswith("extra.")}
+    assert names == {"extra.weight", "extra.count"}
+    other.load_trained(tmp_path / "run")
+    assert other.extra.count == 7 and (other.extra.tied == 3).all()
+    with torch.device("meta"):
+        part = Counting()
+    table = Table([Row(("weight",), "weight"), Row(("count",), "count")])
+    load(part, unload(model.extra, table), table, "part", torch.bfloat16)
+    assert part.count == 7 and part.count.dtype == torch.long and part.weight.dtype == torch.bfloat16
+
+
 # --- image encoders --------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +226,17 @@ def test_mean_and_std_are_those_of_the_preprocessor_or_config_json_or_clip(tmp_p
     assert load_vit(str(tmp_path))[0].cfg.mean == (0.1, 0.2, 0.3)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4, 0.5, 0.6]}))
     assert load_vit(str(tmp_path))[0].cfg.mean == (0.4, 0.5, 0.6)
+    processor = {"image_processor": {"image_mean": [0.7, 0.8, 0.9], "image_std": None}}  # as transformers 5 writes it
+    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
+    vit, report, _ = load_vit(str(tmp_path))
+    assert vit.cfg.mean == (0.7, 0.8, 0.9) and report.endswith(f"; CLIP's std of pixels, as {tmp_path} names none")
+    processor["image_processor"]["image_std"] = 0.5
+    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
+    vit, report, _ = load_vit(str(tmp_path))
+    assert vit.cfg.std == (0.5, 0.5, 0.5) and "CLIP" not in report
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [1, 2]}}))
+    with pytest.raises(UserError, match="has image_mean .1, 2., expected a number, or one for each of 3 channels"):
+        load_vit(str(tmp_path))
 
 
 def test_a_bare_eva_file_opens_under_the_name_of_its_architecture(small_encoders, tmp_path):
@@ -311,6 +358,56 @@ def test_a_language_model_is_created_where_the_model_is():
     model.amp_dtype = torch.float16
     with pytest.raises(UserError, match="in which T5 overflows"):
         model.attach_llm("flan-t5-xl")
+
+
+@pytest.mark.parametrize("part", ["opt", "bert"])
+@pytest.mark.parametrize("how", ["pointer", "cut", "newer", "vocabulary"])
+def test_a_tokenizer_that_cannot_be_read_is_one_sentence(part, how, tmp_path):
+    folder = Path(shutil.copytree(f"assets/tiny/{part}", tmp_path / part))
+    file, sentence = (
+        folder / "tokenizer.json",
+        r"tokenizer.json cannot be read \(.*\): fetch it again, or update",
+    )
+    if how == "pointer":
+        file.write_bytes(POINTER)
+        sentence = "tokenizer.json is a pointer of Git LFS, not the file itself: run git lfs pull"
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:500])
+    elif how == "newer":
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model": {"type": "Newer"}}))
+    else:
+        file.unlink()
+        for name in ("vocab.json", "merges.txt") if part == "opt" else ("vocab.txt",):
+            (folder / name).write_bytes(b"\xff\xfe")
+        sentence = r"vocab\.\w+ .*cannot be read \(.*\): fetch it again, or update tokenizers"
+    with pytest.raises(UserError, match=sentence):
+        small_model().attach_llm(str(folder)) if part == "opt" else Blip2.build(TINY[0], str(folder))
+
+
+@pytest.mark.parametrize("part", ["vit", "bert", "opt"])
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ([1], "config.json holds a list, expected an object"),
+        ({"num_attention_heads": 5}, r"config.json has 5 heads, into which its width of \d+ does not divide"),
+        ({"num_attention_heads": None}, "config.json has None heads"),
+        (None, "is an adapter of PEFT, which holds no model: merge it into its own"),
+    ],
+)
+def test_a_config_that_cannot_be_is_a_sentence_at_load(part, content, sentence, tmp_path):
+    folder = Path(shutil.copytree(f"assets/tiny/{part}", tmp_path / part))
+    if isinstance(content, dict):
+        edit_config(folder, **content)
+        if None in content.values():
+            (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | content))
+    else:
+        (folder / "config.json").write_text(json.dumps(content))
+    if content is None:
+        (folder / "config.json").rename(folder / "adapter_config.json")
+        with pytest.raises(UserError, match=sentence):
+            Blip2.from_pretrained(folder)
+    with pytest.raises(UserError, match=sentence):
+        {"vit": load_vit, "bert": load_bert, "opt": load_llm}[part](str(folder))
 
 
 # --- transformers' BLIP-2 --------------------------------------------------------------------------------------------
@@ -569,6 +666,52 @@ def test_equivalent_weights_open_once_the_hash_is_removed(run, tmp_path):
     assert Blip2.from_pretrained(run, vit=vit).sources["vit"].spec == vit
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_may_have_colons(inside, tmp_path):
+    """Only a known name before a colon is a name: "eva-g:file"."""
+    run = tmp_path / "2026-05-01_12:30:00/run"
+    folder = (run if inside else run.parent) / "v:1"
+    parts = [shutil.copytree(ROOT / part, folder / Path(part).name) for part in (*TINY, LLMS["opt"])]
+    vit, bert, llm = map(str, parts)
+    model, _ = Blip2.build(vit, bert, image_size=64, num_queries=4)
+    model.attach_llm(llm)
+    model.save_pretrained(run)
+    assert json.loads((run / "config.json").read_text())["vit"] == os.path.relpath(vit, run)
+    again = Blip2.from_pretrained(run)
+    assert (again.sources["vit"].spec, again.sources["llm"].spec) == (vit, llm)
+    assert relative(f"eva-g:{folder}/x:y.pth", run) == f"eva-g:{os.path.relpath(folder, run)}/x:y.pth"
+    assert relocated(relative(f"eva-g:{folder}/x:y.pth", run), run) == f"eva-g:{folder}/x:y.pth"
+    assert relocated(relative("opt-125m", run), run) == "opt-125m"
+
+
+def test_another_language_model_comes_with_its_own_hash(run, tmp_path):
+    model = Blip2.from_pretrained(run)
+    model.attach_llm(LLMS["t5"])
+    model.save_pretrained(run.parent / "other")
+    assert Blip2.from_pretrained(run.parent / "other").llm.cfg == model.llm.cfg
+
+
+def test_a_trained_vit_that_is_frozen_in_half_precision_is_stored_as_it_was(retrieval_run, tmp_path):
+    """And trained again from there, not from what was rounded."""
+    before = load_file(retrieval_run / "model.safetensors")
+    model = Blip2.from_pretrained(retrieval_run, precision="bf16")
+    assert model.vit.pos_embed.dtype == torch.bfloat16
+    run = copy_of(retrieval_run, tmp_path)
+    for _ in range(2):  # the second time onto the file that is open
+        model.save_pretrained(run)
+        after = load_file(run / "model.safetensors")
+        vit = [name for name in before if name.startswith("vit.")]
+        assert vit and all(torch.equal(before[name], after[name]) for name in vit)
+        model = Blip2.from_pretrained(run, precision="bf16")
+    model.unfreeze_vit()
+    assert torch.equal(model.vit.blocks[0].fc1.weight, before["vit.blocks.0.fc1.weight"])
+    with torch.no_grad():
+        model.vit.blocks[0].fc1.weight += 1
+    model.save_pretrained(run)
+    after = load_file(run / "model.safetensors")["vit.blocks.0.fc1.weight"]
+    assert torch.equal(after, before["vit.blocks.0.fc1.weight"] + 1)
+
+
 def test_a_run_is_not_opened_over_a_vit_of_another_width(run):
     sentence = "was trained over a ViT of width 96, clip-l has width 1024: pass --vit with the encoder it was trained"
     with pytest.raises(UserError, match=sentence):
@@ -692,6 +835,53 @@ def test_a_file_that_is_no_checkpoint_is_one_sentence(content, tmp_path):
         Blip2.from_pretrained(tmp_path / "list.pth", vit="eva-g", bert=TINY[1])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_pointer_of_git_lfs_says_so(name, tmp_path):
+    save_dinov2(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(UserError, match=f"{name} is a pointer of Git LFS, not the file itself: run git lfs pull in"):
+        load_vit(str(tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model.model."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model"])
+def test_a_state_dict_in_a_wrapper_is_unwrapped(prefix, wrapper, tmp_path):
+    tensors = {prefix + key: tensor for key, tensor in save_dinov2(tmp_path).items()}
+    whole = load_vit(str(tmp_path))[0]
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({wrapper: tensors, "epoch": 3} if wrapper else tensors, tmp_path / "pytorch_model.bin")
+    assert same(whole, load_vit(str(tmp_path))[0])
+
+
+def test_other_objects_beside_the_tensors_are_named_without_pytorchs_advice(tmp_path):
+    torch.save({"a": torch.ones(1), "args": argparse.Namespace()}, tmp_path / "x.pth")
+    with pytest.raises(UserError) as error:
+        open_tensors([tmp_path / "x.pth"])
+    assert str(error.value) == (
+        f"{tmp_path}/x.pth cannot be read as PyTorch weights (it holds a argparse.Namespace, and no code in a file is "
+        "run): save its state dict alone"
+    )
+    torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth holds no state dict, only epoch, optimizer: expected tensors by name"):
+        weights_command(["inspect", str(tmp_path / "x.pth")])
+
+
+def test_hashing_and_loading_report_their_progress(tmp_path, monkeypatch):
+    seen = []
+
+    def progress(items, what, total=None):
+        items = list(items)
+        seen.append((what, len(items), total))
+        return items
+
+    monkeypatch.setattr("weights.load.progress", progress)
+    load(toy(), toy_tensors(), TOY, "toy")
+    (tmp_path / "x").write_bytes(b"x" * 2_500_000)
+    assert sha256([tmp_path / "x"]) == hashlib.sha256(b"x" * 2_500_000).hexdigest()
+    assert seen == [("loading toy", 4, None), (f"hashing {tmp_path}/x", 3, 3)]
+
+
 def test_a_part_that_is_not_there_or_is_another_part_is_one_sentence(tmp_path):
     vit, bert = TINY
     cases = {
@@ -729,11 +919,11 @@ def real_blip2(name: str) -> tuple[torch.nn.Module, dict]:
     if name.startswith("itm"):
         qformer = {"vocab_size": 30523, "use_qformer_text_input": True}
     elif name.startswith("opt"):
-        cfg = LLM_PRESETS[name.removesuffix("-coco")]
+        cfg, _ = llm_config(name.removesuffix("-coco"))
         text = dict(model_type="opt", vocab_size=50304, hidden_size=cfg.width, num_hidden_layers=cfg.depth,
                     ffn_dim=cfg.mlp, num_attention_heads=cfg.heads, word_embed_proj_dim=cfg.width)  # fmt: skip
     else:
-        cfg = LLM_PRESETS[name.removesuffix("-coco")]
+        cfg, _ = llm_config(name.removesuffix("-coco"))
         text = dict(model_type="t5", vocab_size=32128, d_model=cfg.width, d_kv=cfg.head_width, d_ff=cfg.mlp,
                     num_layers=cfg.depth, num_heads=cfg.heads, feed_forward_proj="gated-gelu", **T5_V1_1)  # fmt: skip
     config = transformers.Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text)
@@ -759,8 +949,8 @@ def test_each_key_of_the_published_blip2s_has_its_place(name, tmp_path):
             ViT(replace(cfg, depth=cfg.depth - 1)), QFormer(hf_qformer_config(config, retrieval)), None, cfg.image_size
         )
         if not retrieval:
-            llm_cfg, llm_table = llm_config(str(tmp_path))
-            model.llm = LLM_CLASSES[type(llm_cfg)](llm_cfg)
+            llm_cfg, family = llm_config(str(tmp_path))
+            model.llm = family.kind(llm_cfg)
             model.llm_proj = torch.nn.Linear(768, model.llm.width)
     assert "fresh" not in match(model.vit, source, table, name)[1]
     parameters = sum(p.numel() for p in model.vit.parameters()) - (model.vit.pos_embed.numel() - 257 * 1408)
@@ -769,7 +959,7 @@ def test_each_key_of_the_published_blip2s_has_its_place(name, tmp_path):
     if not retrieval:
         prefix = "language_model."
         words = {key.removeprefix(prefix): tensor for key, tensor in source.items() if key.startswith(prefix)}
-        assert "fresh" not in match(model.llm, words, llm_table, name)[1]
+        assert "fresh" not in match(model.llm, words, family.table, name)[1]
 
 
 ENCODER_CLASSES = {
@@ -806,8 +996,8 @@ def test_each_key_of_the_published_parts_has_its_place(name, tmp_path):
         elif name.startswith("bert"):
             ours, table = QFormer(QFormerConfig(**bert_config(tmp_path))), BERT
         else:
-            cfg, table = llm_config(str(tmp_path))
-            ours = LLM_CLASSES[type(cfg)](cfg)
+            cfg, family = llm_config(str(tmp_path))
+            ours, table = family.kind(cfg), family.table
     source = theirs.state_dict()
     if name.startswith("dinov2"):  # transformers 5 has other names in memory than in its files
         names = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}

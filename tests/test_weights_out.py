@@ -5,7 +5,6 @@ The tables that read a public format write it too. What a format cannot hold is 
 
 import json
 import logging
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from public_checkpoints import (
     ENCODERS,
     T5_V1_1,
     lavis_checkpoint,
-    random_blip2,
+    public_blip2,  # noqa: F401  the fixture `public`
     random_tensors,
 )
 from safetensors import safe_open
@@ -139,18 +138,6 @@ def test_berts_key_table_keeps_everything_but_dec():
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def public(tmp_path_factory):
-    """public(kind) -> a random BLIP-2 of transformers, and its folder, read-only."""
-
-    @cache
-    def build(kind: str, **options):
-        folder = tmp_path_factory.mktemp(kind)
-        return random_blip2(kind, folder, **options), folder
-
-    return build
-
-
 def reopened(folder: Path, caplog):
     """The model and the processor that transformers opens, with nothing missing and without a warning."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
@@ -226,6 +213,8 @@ def test_a_fine_tuned_run_is_exported_with_its_own_vit(retrieval_run, tmp_path, 
     theirs, processor = reopened(tmp_path / "hf", caplog)
     assert theirs.config.vision_config.image_size == 48
     again, image = Blip2.from_pretrained(tmp_path / "hf"), ShapesWorld("train").image(0)
+    processor.save_pretrained(tmp_path / "again")  # in the files of its release
+    assert configs.image_norm(tmp_path / "again") == {"mean": model.vit.cfg.mean, "std": model.vit.cfg.std}
     assert again.image_size == 48 and torch.equal(again.vit.blocks[0].fc1.weight, model.vit.blocks[0].fc1.weight)
     wanted = model.encode_image(image)
     torch.testing.assert_close(again.encode_image(image).feats, wanted.feats, rtol=0, atol=1e-4)  # the other eps
@@ -342,6 +331,20 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UserError, match="has random weights, which are not worth exporting"):
         export.export(model, "hf", tmp_path / "out", "fp32")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["hf", "lavis"])
+@pytest.mark.parametrize("part", ["model", "vit"])
+def test_a_tensor_that_the_format_has_no_place_for_ends_the_export(part, form, small_encoders, tmp_path):
+    """A module, or a buffer, that somebody has added."""
+    lavis_checkpoint(tmp_path / "tuned.pth", 1, "eva-g")
+    model = Blip2.from_pretrained(tmp_path / "tuned.pth", vit="eva-g", bert="assets/tiny/bert")
+    owner = model.vit if part == "vit" else model
+    owner.extra, owner.more = torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)
+    sentence = r"no place for 7 of the \d+ tensors of \w+ .extra.weight, extra.bias, more.weight, \.\.\."
+    with pytest.raises(UserError, match=sentence):
+        export.export(model, form, tmp_path / "out.pth", "fp32")
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.pth"]
 
 
 @pytest.mark.parametrize("form", ["hf", "lavis"])

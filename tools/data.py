@@ -5,17 +5,17 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from engine.errors import Parser, UserError, at_least_1, check_output, run_command
+from engine.errors import Parser, UserError, at_least_1, check_output, expect, run_command
+from engine.progress import progress
 from sources.annotations import AnnotatedImage
 from sources.images import open_image
 from sources.layouts import open_records
-from sources.text import BertTokenizer, is_text
+from sources.text import BertTokenizer, is_string, is_text
 
 
 class Files:
@@ -23,13 +23,10 @@ class Files:
 
     def __getitem__(self, path: str) -> tuple[str, str]:
         try:
-            content = Path(path).read_bytes()
             open_image(path)
-        except OSError as error:
-            return "", f"{path} cannot be read ({error.strerror}): check the name and the folder (--images)"
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest(), ""
         except UserError as error:
             return "", str(error)
-        return hashlib.sha256(content).hexdigest(), ""
 
 
 def check(args: argparse.Namespace) -> None:
@@ -44,7 +41,7 @@ def check(args: argparse.Namespace) -> None:
     images_of: dict[Path, dict[str, str]] = {}  # file -> content hash -> the first image with it
     for file in dict.fromkeys(map(Path, args.annotations)):
         name, every = open_records(file, args.split)
-        folders, records = [Path(folder) for folder in args.images or [file.parent]], []
+        folders, records = [Path(f) for f in args.images or [file if file.is_dir() else file.parent]], []
         for record in every:
             if isinstance(record, dict) and isinstance(record.get("image"), str):
                 records.append(record)
@@ -55,16 +52,14 @@ def check(args: argparse.Namespace) -> None:
         print(f"{file}: {name}, {len(records):,} records, {len(paths):,} images in {where}", flush=True)
         found = text_problems(records, tokenizer, args.max_text_tokens)
         problems |= {f"{file}: {kind}": rows for kind, rows in found.items()}
-        first, started = {}, time.time()
-        results = DataLoader(Files(), None, sampler=paths, num_workers=args.workers)
-        for number, (path, (content, reason)) in enumerate(zip(paths, results), start=1):
+        first, workers = {}, args.workers if args.workers >= 0 else os.cpu_count() or 1
+        results = DataLoader(Files(), None, sampler=paths, num_workers=workers)
+        for path, (content, reason) in progress(zip(paths, results), f"checking {file}", len(paths)):
             if reason:
                 problems[f"{file}: unreadable images"].append(reason)
             elif first.setdefault(content, path) != path:
                 same = f"{path} is the same image as {first[content]}: give their records one image_id"
                 problems[f"{file}: duplicate images"].append(same)
-            if number % 10_000 == 0:
-                print(f"  {number:,} images, {number / (time.time() - started):.0f} img/s", flush=True)
         for other, before in images_of.items():
             if shared := [f"{path} is also in {other}" for content, path in first.items() if content in before]:
                 problems[f"{file}: images of {other}, fine unless one is to train and one to test"] = shared
@@ -82,18 +77,20 @@ def text_problems(records: list[dict], tokenizer: BertTokenizer | None, limit: i
     """Problems with the texts of records, by kind; with a tokenizer, also texts of more than `limit` tokens."""
     found: dict[str, list[str]] = defaultdict(list)
     seen: set[str] = set()
+    files: dict[str, str] = {}  # image_id -> the first image with it
     is_test = not any(record.get("answer") or record.get("caption") for record in records)
     if is_test:
         print("  no record has a caption or an answer: fine for a test set, nothing to train on")
     for record in records:
         asked = [record["question"]] if "question" in record else []
         texts = record.get("answer" if asked else "caption", [])
-        texts = texts if isinstance(texts, list) else [texts]
         if not texts and not is_test:
             found[f"without {'an answer' if asked else 'a caption'}"].append(json.dumps(record))
-        for text in texts + asked:
-            if not is_text(text):
-                found["with an empty text"].append(json.dumps(record))
+        if not (all(map(is_string, texts)) and all(map(is_text, asked or texts))):
+            found["with an empty text"].append(json.dumps(record))
+        image_id = AnnotatedImage(record, []).key
+        if (first := files.setdefault(image_id, record["image"])) != record["image"]:
+            found["with the image_id of another file"].append(f"{image_id} for {first} and {record['image']}")
         read = [str(text) for text in asked or texts]
         for text, ids in zip(read, tokenizer.encode(read) if tokenizer else []):
             if len(ids) > limit:
@@ -110,6 +107,9 @@ def convert(args: argparse.Namespace) -> None:
     name, records = open_records(Path(args.file), args.split, args.answers and Path(args.answers))
     out = Path(args.out)
     check_output("out", out)
+    for number, record in enumerate(records):
+        is_record = isinstance(record, dict) and isinstance(record.get("image"), str)
+        expect(is_record, f'{args.file}: record {number} is {json.dumps(record)[:80]}, expected an "image" in it')
     texts = sum(len(record.get("caption", ["one question"])) for record in records)
     what = "questions" if "question" in records[0] else "captions"
     partial = out.with_name(f".{out.name}.tmp")
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--images", action="append", help="folder of the images, if not beside the file; may be repeated")
     p.add_argument("--bert", help="count tokens with this BERT's tokenizer: which texts exceed --max-text-tokens?")
     p.add_argument("--max-text-tokens", type=at_least_1, default=32)
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read images")
+    p.add_argument("--workers", type=int, default=-1, help="processes that read images, by default one a core")
     p.set_defaults(run=check)
     c = commands.add_parser("convert", help="from a published layout (sources/layouts.py) to this project's records")
     c.add_argument("file", help="captions or questions")

@@ -32,7 +32,7 @@ FLOORS = [
     ("engine/",),
     ("qformer.py", "sources/"),
     ("llm.py", "data.py"),
-    ("model.py", "weights/"),
+    ("model.py", "recipes.py", "weights/"),
     ("blip2.py", "config.py"),
     ("tasks/",),
     ("train.py", "eval.py"),
@@ -161,7 +161,7 @@ def tokens() -> str:
 def losses() -> str:
     """Loss curves of stage 1 in the shapes world, three seeds, between minimum and chance (dashed)."""
     canvas, bounds = Canvas(760, 220), loss_bounds(OBJECTIVES, 32, BertTokenizer(TINY / "bert").vocab_size)
-    line = re.compile(r"step +(\d+)/(\d+) \| itc ([\d.]+) .*?itm ([\d.]+) .*?itg ([\d.]+) ")
+    line = re.compile(r"step +(\d+)/(\d+) [ |]+itc ([\d.]+) .*?itm ([\d.]+) .*?itg ([\d.]+) ")
     runs = [line.findall((LOGS / f"shapes-seed{seed}.txt").read_text()) for seed in range(3)]
     for panel, (name, (low, high)) in enumerate(bounds.items()):
         left, top, w, h, most = 40 + 245 * panel, 30, 205, 150, high * 1.05

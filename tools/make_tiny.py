@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from blip2 import TINY
 from engine.device import choose_precision, keep_freed_memory
 from engine.errors import Parser
-from llm import LLMS, OPT, T5, OPTConfig, T5Config
+from llm import OPT, T5, OPTConfig, T5Config
 from losses import IGNORE, lm_loss
 from qformer import QFormer, QFormerConfig
 from sources import shapes
@@ -341,11 +341,11 @@ def embed_chunks(llm: nn.Module, rows: list[list[list[int]]], side: str) -> tupl
 def make_llm(kind: str, folder: Path, corpus: ShapesText | FileText, sizes: dict, steps: int, batch: int) -> None:
     """Train and save an OPT or a T5 on the documents of a corpus."""
     make_tokenizer(folder, corpus.sentences(), kind, corpus.tokens)
-    config = {"opt": OPTConfig, "t5": T5Config}[kind]
-    form = LLMS[config].prompt_format
+    model, config = {"opt": (OPT, OPTConfig), "t5": (T5, T5Config)}[kind]
+    form = model.prompt_format
     tokenizer = LLMTokenizer(folder, form, max_tokens=64)
     cfg = config(vocab_size=tokenizer.vocab_size, **sizes)
-    llm = LLMS[config](cfg)
+    llm = model(cfg)
     llm.init_weights()
     if kind == "opt":
         place_by_waves(llm.position_embedding.weight, std=cfg.width**-0.5)

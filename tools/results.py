@@ -102,7 +102,8 @@ def answers() -> str:
 def validations(name: str) -> dict[int, float]:
     """Step -> accuracy in validation, as a run printed it."""
     text = (LOGS / f"{name}.txt").read_text()
-    found = re.findall(r"step +(\d+)/\d+ [^\n]*\n  validation: [^\n]*\n  accuracy ([\d.]+) %", text)
+    after = r"\n(?:  [^\n]*\n){0,3}?(?!step)[^\n]*accuracy ([\d.]+) %"  # of the validation under the line of a step
+    found = re.findall(r"step +(\d+)/\d+ [^\n]*" + after, text)
     return {int(step): float(share) for step, share in found}
 
 

@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 from blip2 import Blip2
-from engine.errors import Parser, expect, read_json, run_command
+from engine.errors import Parser, expect, run_command
+from weights.configs import read_config
 from weights.export import DTYPES, export
 from weights.load import open_tensors, weight_files
 from weights.open import holds_vit, is_lavis_stage2
@@ -43,7 +44,7 @@ PARTS = {
 def inspect(path: Path) -> str:
     """What a checkpoint is, and a table of its parts with their parameters and dtypes; no tensor is read."""
     expect(path.exists(), f"{path} does not exist: expected a checkpoint folder or file")
-    config = read_json(path / "config.json") if path.is_dir() else {}
+    config = read_config(path) if path.is_dir() else {}
     tensors = open_tensors(weight_files(path) if path.is_dir() else [path])
     kind, lines = config.get("model_type"), []
     if config.get("model") == "blip2":

@@ -1,10 +1,13 @@
 """config.json of public checkpoints <-> the configurations here, as field tables that work both ways."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from engine.errors import UserError, expect, read_json
-from llm import PRESETS as LLM_PRESETS
-from llm import OPTConfig, T5Config
+from llm import OPT, T5, OPTConfig, T5Config
 from qformer import QFormerConfig
 from vit import CLIP_MEAN, CLIP_STD, ViTConfig
 from weights.tables import CLIP, DINOV2, HF_BLIP2_VIT, OPT_TABLE, T5_TABLE, Table
@@ -71,9 +74,23 @@ T5_FIELDS: Fields = {
 }
 
 
-def read_fields(fields: Fields, config: dict) -> dict:
-    """Their config.json -> keyword arguments of our configuration."""
-    return {ours: config.get(theirs, default) for ours, (theirs, default) in fields.items()}
+def read_config(folder: Path, name: str = "config.json") -> dict:
+    """config.json of a checkpoint folder, or another file like it."""
+    path, merge = folder / name, "merge it into its own (merge_and_unload, save_pretrained), and pass that folder"
+    adapter = not path.exists() and (folder / "adapter_config.json").exists()
+    expect(not adapter, f"{folder} is an adapter of PEFT, which holds no model: {merge}")
+    config = read_json(path)
+    expect(isinstance(config, dict), f"{path} holds a {type(config).__name__}, expected an object: fetch it again")
+    return config
+
+
+def read_fields(fields: Fields, config: dict, where: str | Path) -> dict:
+    """Their config.json, or a part of it, `where` -> keyword arguments of our configuration."""
+    sizes = {ours: config.get(theirs, default) for ours, (theirs, default) in fields.items()}
+    width, heads = sizes["width"], sizes["heads"]
+    divides = isinstance(heads, int) and heads > 0 and ("head_width" in sizes or width % heads == 0)
+    expect(divides, f"{where} has {heads!r} heads, into which its width of {width} does not divide: fetch it again")
+    return sizes
 
 
 def write_fields(fields: Fields, cfg) -> dict:
@@ -86,86 +103,129 @@ def write_fields(fields: Fields, cfg) -> dict:
 
 def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
     """Configuration, with its published depth, and key table of an encoder folder, or of a whole CLIP or BLIP-2."""
-    config = read_json(folder / "config.json")
+    config, where = read_config(folder), folder / "config.json"
     kind = config.get("model_type")
     if kind in ("clip", "blip-2"):
-        config, kind = config["vision_config"], {"clip": "clip_vision_model", "blip-2": "blip_2_vision_model"}[kind]
+        config, kind = config.get("vision_config", {}), f"{kind.replace('-', '_')}_vision_model"
     if kind == "dinov2":
         expect(
             not config.get("use_swiglu_ffn") and config.get("hidden_act", "gelu") == "gelu",
             f"{folder} is a DINOv2 with SwiGLU, expected the plain GELU one: use dinov2-small, -base, -large",
         )
-        sizes, table = read_fields(DINOV2_FIELDS, config), DINOV2
+        sizes, table = read_fields(DINOV2_FIELDS, config, where), DINOV2
         sizes["mlp"] = int(sizes["width"] * config.get("mlp_ratio", 4))
     elif kind == "clip_vision_model":
-        sizes, table = read_fields(CLIP_FIELDS, config), CLIP
+        sizes, table = read_fields(CLIP_FIELDS, config, where), CLIP
         sizes |= dict(ln_pre=True, conv_bias=False, align_corners=True)
     elif kind == "blip_2_vision_model":
-        sizes, table = read_fields(BLIP2_VIT_FIELDS, config), HF_BLIP2_VIT
+        sizes, table = read_fields(BLIP2_VIT_FIELDS, config, where), HF_BLIP2_VIT
         sizes |= dict(act="gelu", key_bias=False, depth=sizes["depth"] + 1)  # published without its last block
     else:
         known = "dinov2, clip, clip_vision_model, blip-2"
-        raise UserError(f"{folder}/config.json has model_type {kind!r}, expected an image encoder: {known}")
-    preprocessor = folder / "preprocessor_config.json"
-    norm = config | (read_json(preprocessor) if preprocessor.exists() else {})
-    sizes |= {"mean": tuple(norm.get("image_mean", CLIP_MEAN)), "std": tuple(norm.get("image_std", CLIP_STD))}
-    return ViTConfig(**sizes), table
+        raise UserError(f"{where} has model_type {kind!r}, expected an image encoder: {known}")
+    return ViTConfig(**sizes | {"mean": CLIP_MEAN, "std": CLIP_STD} | image_norm(folder)), table
+
+
+def image_norm(folder: Path) -> dict[str, tuple[float, ...]]:
+    """The "mean" and "std" of the channels that an encoder's folder names, as far as it does; transformers 5 writes
+    them into processor_config.json, older releases into preprocessor_config.json."""
+    norm = {}
+    for path in (folder / f"{name}config.json" for name in ("", "preprocessor_", "processor_")):
+        config = read_config(folder, path.name) if path.exists() else {}
+        config = config.get("image_processor") or config
+        for ours in ("mean", "std"):
+            if (value := config.get(f"image_{ours}")) is not None:
+                value = [value] * 3 if isinstance(value, (int, float)) else value
+                fine = isinstance(value, list) and len(value) == 3
+                expect(fine, f"{path} has image_{ours} {value!r}, expected a number, or one for each of 3 channels")
+                norm[ours] = tuple(value)
+    return norm
 
 
 def bert_config(folder: Path) -> dict:
     """The fields of QFormerConfig that a BERT folder decides."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     kind, act = config.get("model_type"), config.get("hidden_act", "gelu")
     expect(
         (kind, act) == ("bert", "gelu"),
         f"{folder}/config.json has model_type {kind!r} and hidden_act {act!r}, expected bert and gelu: use "
         "bert-base-uncased or one like it",
     )
-    sizes = read_fields(BERT_FIELDS, config)
+    sizes = read_fields(BERT_FIELDS, config, folder / "config.json")
     return sizes | {"vocab_size": sizes["vocab_size"] + 1}  # [DEC]
 
 
 def hf_qformer_config(config: dict, retrieval: bool) -> QFormerConfig:
     """The Q-Former of a transformers BLIP-2."""
-    sizes = read_fields(QFORMER_FIELDS, config["qformer_config"])
+    sizes = read_fields(QFORMER_FIELDS, config.get("qformer_config", {}), "qformer_config")
     sizes["vocab_size"] += not retrieval  # [DEC], which is counted where words are read
     return QFormerConfig(**sizes, num_queries=config.get("num_query_tokens", 32))
 
 
-LLM_TABLES = {OPTConfig: OPT_TABLE, T5Config: T5_TABLE}
+# --- language models -------------------------------------------------------------------------------------------------
 
 
-def llm_config(spec: str) -> tuple[OPTConfig | T5Config, Table]:
-    """Configuration and key table of what `--llm` names: a preset, a folder, or the language model of a BLIP-2."""
+@dataclass(frozen=True)
+class LLMFamily:
+    """A language model and its public formats."""
+
+    kind: type[nn.Module]  # its class in llm.py
+    read: Callable[[dict, str], object]  # its config.json, and where it is -> its configuration
+    table: Table
+    hf_prefix: str | None = None  # before its keys in transformers' BLIP-2 classes; None: they have no place for it
+    lavis_proj: str | None = None  # the projection to it in LAVIS; None likewise
+
+
+def opt_config(config: dict, where: str) -> OPTConfig:
+    """The configuration of an OPT."""
+    plain = config.get("activation_function", "relu") == "relu" and config.get("enable_bias", True)
+    expect(plain, f"{where} is of an OPT without ReLU or biases, expected one of facebook/opt-*")
+    sizes = read_fields(OPT_FIELDS, config, where)
+    return OPTConfig(**sizes | {"embed_width": sizes["embed_width"] or sizes["width"]})
+
+
+def t5_config(config: dict, where: str) -> T5Config:
+    """The configuration of a T5 v1.1. A v1.0 scales the input of its head, and has no gates. "gated-gelu" has always
+    meant the one by tanh."""
+    scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    act = config.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(config.get("feed_forward_proj"))
+    v1_1 = not scales and config.get("feed_forward_proj", "").startswith("gated") and act in ("gelu", "gelu_new")
+    expect(v1_1, f"{where} is of a T5 v1.0, expected google/t5-v1_1-* or google/flan-t5-*")
+    sizes = read_fields(T5_FIELDS, config, where)
+    return T5Config(**sizes | {"decoder_depth": sizes["decoder_depth"] or sizes["depth"]}, act=act)
+
+
+# By the model_type in config.json; where a language model is entered, see docs/faq.md.
+LLMS = {
+    "opt": LLMFamily(OPT, opt_config, OPT_TABLE, "language_model.model.decoder.", "opt_proj"),
+    "t5": LLMFamily(T5, t5_config, T5_TABLE, "language_model.", "t5_proj"),
+}
+
+
+def llm_config(spec: str) -> tuple[object, LLMFamily]:
+    """Configuration and family of what `--llm` names: a preset, a folder, or the language model of a BLIP-2."""
     if Path(spec).is_dir():
-        cfg = read_llm_config(Path(spec) / "config.json")
-    else:
-        names = f"a name ({', '.join(LLM_PRESETS)})"
-        expect(spec in LLM_PRESETS, f"--llm {spec} does not exist: expected a folder, or {names} for random weights")
-        cfg = LLM_PRESETS[spec]
-    return cfg, LLM_TABLES[type(cfg)]
+        return read_llm_config(Path(spec))
+    presets = {name: (cfg, family) for family in LLMS.values() for name, cfg in family.kind.presets.items()}
+    names = f"a name ({', '.join(presets)})"
+    expect(spec in presets, f"--llm {spec} does not exist: expected a folder, or {names} for random weights")
+    return presets[spec]
 
 
-def read_llm_config(path: Path) -> OPTConfig | T5Config:
+def read_llm_config(folder: Path) -> tuple[object, LLMFamily]:
     """A language model's config.json, or that of a BLIP-2, which has it inside."""
-    config, where = read_json(path), str(path)
+    config, where = read_config(folder), f"{folder}/config.json"
     if config.get("model_type") == "blip-2":
-        config, where = config["text_config"], f"text_config in {path}"
+        config, where = config.get("text_config") or {}, f"text_config in {where}"
     kind = config.get("model_type")
-    if kind == "opt":
-        plain = config.get("activation_function", "relu") == "relu" and config.get("enable_bias", True)
-        expect(plain, f"{where} is of an OPT without ReLU or biases, expected one of facebook/opt-*")
-        sizes = read_fields(OPT_FIELDS, config)
-        return OPTConfig(**sizes | {"embed_width": sizes["embed_width"] or sizes["width"]})
-    if kind == "t5":
-        # T5 v1.0 scales the input of its head, and has no gates. "gated-gelu" has always meant the one by tanh.
-        scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
-        act = config.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(config.get("feed_forward_proj"))
-        v1_1 = not scales and config.get("feed_forward_proj", "").startswith("gated") and act in ("gelu", "gelu_new")
-        expect(v1_1, f"{where} is of a T5 v1.0, expected google/t5-v1_1-* or google/flan-t5-*")
-        sizes = read_fields(T5_FIELDS, config)
-        return T5Config(**sizes | {"decoder_depth": sizes["decoder_depth"] or sizes["depth"]}, act=act)
-    raise UserError(f"{where} has model_type {kind!r}, expected a language model of a known type: opt, t5")
+    known = f"a language model of a known type: {', '.join(LLMS)}"
+    expect(kind in LLMS, f"{where} has model_type {kind!r}, expected {known}")
+    return LLMS[kind].read(config, where), LLMS[kind]
+
+
+def family_of(llm: nn.Module) -> LLMFamily:
+    """The family of a language model."""
+    return next(family for family in LLMS.values() if family.kind is type(llm))
 
 
 # --- writers ---------------------------------------------------------------------------------------------------------

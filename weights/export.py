@@ -13,11 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from engine.errors import expect, read_json
-from llm import OPTConfig, T5Config
-from vit import PRESETS
-from weights.configs import LLM_TABLES, hf_config
+from engine.progress import progress
+from weights.configs import family_of, hf_config
 from weights.load import first_match, open_tensors, unload
 from weights.open import holds_vit
+from weights.runs import split_spec
 from weights.tables import HF_BLIP2, HF_BLIP2_VIT, HF_RETRIEVAL, LAVIS_STAGE1, LAVIS_STAGE2, LAVIS_VITS, Table
 
 SHARD_BYTES = 2_000_000_000
@@ -39,6 +39,12 @@ def export(model, form: str, out: Path, dtype: str) -> list[str]:
     for part, source in model.sources.items():
         real = source.files or part == "bert" or (part == "vit" and model.holds_vit)
         expect(real, f"--{part} {source.spec} has random weights, which are not worth exporting")
+    family = family_of(model.llm) if model.llm is not None else None
+    expect(
+        form == "run" or family is None or {"hf": family.hf_prefix, "lavis": family.lavis_proj}[form] is not None,
+        f"BLIP-2 in {form} has no place for the language model {type(model.llm).__name__}: keep the run, or export "
+        "with --format run",
+    )
     partial = out.with_name(out.name + ".part")
     expect(not partial.exists(), f"{partial} is left of an interrupted export: remove it first")
     try:
@@ -91,7 +97,7 @@ def export_hf(model, folder: Path, dtype: torch.dtype) -> list[str]:
         text = text.get("text_config", text)  # of a whole BLIP-2
         ends = {"eos_token_id": model.llm_tokenizer.end_id, "pad_token_id": model.llm_tokenizer.pad_id}
         starts = {key: text[key] for key in ("bos_token_id", "decoder_start_token_id") if text.get(key) is not None}
-        act = {"dense_act_fn": model.llm.cfg.act} if isinstance(model.llm.cfg, T5Config) else {}
+        act = {"dense_act_fn": model.llm.cfg.act} if hasattr(model.llm.cfg, "act") else {}
         text |= ends | act | {"vocab_size": words, "dtype": str(dtype)[6:]}
         config |= {"image_token_index": image_token, "text_config": text}
         tensors |= hf_llm_state(model.llm, words)
@@ -130,12 +136,12 @@ def hf_state(model) -> dict[str, Tensor]:
 
 def hf_llm_state(llm: nn.Module, words: int) -> dict[str, Tensor]:
     """A language model under transformers' keys, its vocabulary padded with zeros to `words`."""
-    tensors = unload(llm, LLM_TABLES[type(llm.cfg)])
+    family = family_of(llm)
+    tensors = unload(llm, family.table)
     for key in ("embed_tokens.weight", "shared.weight", "lm_head.weight"):
         if key in tensors:
             tensors[key] = nn.functional.pad(tensors[key], (0, 0, 0, words - len(tensors[key])))
-    prefix = "language_model." + "model.decoder." * isinstance(llm.cfg, OPTConfig)
-    return {prefix + key: tensor for key, tensor in tensors.items()}
+    return {family.hf_prefix + key: tensor for key, tensor in tensors.items()}
 
 
 def hf_bert_tokenizer(tokenizer) -> tuple[Tokenizer, dict[str, str]]:
@@ -153,7 +159,7 @@ def hf_llm_tokenizer(tokenizer) -> tuple[Tokenizer, dict[str, str]]:
     around = [token for token in (form.prompt_start, "$A", form.prompt_end) if token]
     special = [(token, tokenizer.token(token)) for token in around if token != "$A"]
     copied.post_processor = TemplateProcessing(single=" ".join(around), special_tokens=special)
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = {"pad_token": form.padding, "eos_token": "</s>", "unk_token": "<unk>"}
     return copied, names | ({"bos_token": form.prompt_start} if form.prompt_start else {})
 
 
@@ -179,7 +185,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -
         weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-    for name, keys in zip(names, shards):
+    for name, keys in progress(zip(names, shards), f"writing {folder}", len(names)):
         save_file({key: tensors[key].to(dtype).contiguous() for key in keys}, folder / name, {"format": "pt"})
         (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
 
@@ -206,8 +212,8 @@ def export_lavis(model, path: Path, dtype: torch.dtype) -> list[str]:
         notes.append("T5's GELU is by tanh here; LAVIS replaces it by the one by erf: answers may differ")
     table = LAVIS_STAGE1
     if model.llm is not None:
-        other = "t5_proj" if isinstance(model.llm.cfg, OPTConfig) else "opt_proj"
-        rows = [row for row in LAVIS_STAGE2.rows if not row.theirs[0].startswith(other)]
+        own = family_of(model.llm).lavis_proj  # and no other
+        rows = [r for r in LAVIS_STAGE2.rows if not r.ours.startswith("llm_proj") or r.theirs[0].startswith(own)]
         table = replace(LAVIS_STAGE2, rows=rows)
     notes += left_out(model, table)
     tensors = unload(model, table, table.fresh)
@@ -215,11 +221,11 @@ def export_lavis(model, path: Path, dtype: torch.dtype) -> list[str]:
         head = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}
         tensors |= {f"Qformer.cls.predictions.decoder.{k}": tensors[f"Qformer.{tied}"] for k, tied in head.items()}
     fine_tuned = model.holds_vit or holds_vit(open_tensors(source.files))
-    if source.spec.partition(":")[0] in PRESETS and not fine_tuned:
+    if split_spec(source.spec)[0] and not fine_tuned:
         notes.append(f"without its ViT, which LAVIS reads from its own file ({source.spec})")
     else:
         tensors |= unload(model.vit, LAVIS_VITS["clip-l" if vit.ln_pre else "eva-g"])
-    tensors = {key: tensor.to(dtype).clone() for key, tensor in tensors.items()}
+    tensors = {key: tensor.to(dtype).clone() for key, tensor in progress(tensors.items(), f"converting to {path.name}")}
     positions = torch.arange(q.max_positions)[None]
     torch.save({"model": tensors | {"Qformer.bert.embeddings.position_ids": positions}}, path)
     return notes

@@ -6,9 +6,11 @@ problem and nothing has been changed. Tensors are copied one at a time from the 
 """
 
 import hashlib
+import os
 import re
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from engine.errors import UserError, expect, read_json
+from engine.errors import UserError, expect, expect_fetched, read_json
+from engine.progress import progress
 from weights.tables import Row, Table
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which Lightning, others and LAVIS put the tensors
+PREFIXES = ("module.", "base_model.model.", "model.")  # that DDP, PEFT and wrappers put before all keys
 
 # --- the loader ------------------------------------------------------------------------------------------------------
 
@@ -26,20 +32,20 @@ def load(
     target: nn.Module, source: dict[str, Tensor], table: Table, what: str,
     dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
 ) -> str:  # fmt: skip
-    """Copy `source` into the parameters of `target` as `table` says. Returns the load report, one sentence.
+    """Copy `source` into the tensors of `target` (see `tensors_of`) as `table` says. Returns the load report.
 
-    Existing parameters keep their dtype and device. Those on the meta device are created on `device`, in `dtype` or
+    Existing ones keep their dtype and device. Those on the meta device are created on `device`, in `dtype` or
     the file's, one at a time, so that at most one tensor exists twice.
     Raises UserError with the full list of problems, before anything is changed.
     """
     plan, report = match(target, source, table, what)
-    loaded = []
-    for ours, (row, keys) in plan.items():
-        parameter = target.get_parameter(ours)
+    loaded, targets = [], tensors_of(target)
+    for ours, (row, keys) in progress(plan.items(), f"loading {what}"):
+        parameter = targets[ours]
         tensor = row.transform.read(*(source[key] for key in keys))
         if parameter.is_meta:  # a copy: a tensor mapped from a file would change with the file
-            tensor = tensor.to(device, dtype, copy=True)
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        if tensor.numel() and tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise UserError(
                 f"{what} does not fit, nothing was loaded: {', '.join(keys)} holds values that are not finite in "
                 f"{str(tensor.dtype)[6:]}: fetch it again, or take a wider dtype"
@@ -49,7 +55,9 @@ def load(
         for ours, parameter, tensor in loaded:
             if parameter.is_meta:
                 owner, _, name = ours.rpartition(".")
-                setattr(target.get_submodule(owner), name, nn.Parameter(tensor, parameter.requires_grad))
+                is_parameter = isinstance(parameter, nn.Parameter)  # or a buffer
+                new = nn.Parameter(tensor, parameter.requires_grad) if is_parameter else tensor
+                setattr(target.get_submodule(owner), name, new)
             else:
                 parameter.copy_(tensor)
     return report
@@ -58,7 +66,7 @@ def load(
 def match(
     target: nn.Module, source: dict[str, Tensor], table: Table, what: str
 ) -> tuple[dict[str, tuple[Row, list[str]]], str]:
-    """Which row and which of their keys fill each of our parameters, and the load report; by names and shapes only."""
+    """Which row and which of their keys fill each of our tensors, and the load report; by names and shapes only."""
     theirs = {}  # their key, renamed -> their key
     for key in source:
         renamed = key
@@ -67,7 +75,7 @@ def match(
         theirs[renamed] = key
 
     plan, problems, fresh, used = {}, [], Counter(), set()
-    for ours, parameter in target.named_parameters():
+    for ours, parameter in tensors_of(target).items():
         found = ((row, keys) for row, keys in rows_for(table, ours) if theirs.keys() >= set(keys))
         row, keys = next(found, (None, []))
         if row is None:
@@ -80,6 +88,12 @@ def match(
             continue
         used.update(keys)
         plan[ours] = row, [theirs[key] for key in keys]
+        for key in plan[ours][1] if parameter.is_floating_point() else ():
+            kind = source[key].dtype
+            expect(
+                kind.is_floating_point and kind.itemsize > 1,
+                f"{what} is quantized, {key} is {str(kind)[6:]}: expected weights in fp32, bf16 or fp16, fetch those",
+            )
         shapes = [tuple(source[key].shape) for key in plan[ours][1]]
         # One-byte tensors, expanded, say the shape after the transform. On the meta device adding or joining would make
         # PyTorch import its compiler, which takes longer than loading a model.
@@ -99,13 +113,30 @@ def match(
         if why is None:
             problems.append(f"unknown: {key} {tuple(source[theirs[key]].shape)} has no target")
     if problems:
-        raise UserError(
-            f"{what} does not fit, nothing was loaded; {len(problems)} problem(s):\n  " + "\n  ".join(problems)
-        )
+        raise UserError(refusal(what, problems, [] if used else list(source)))
     report = [f"{len(used)} used"]
     report += [f"{n} ignored ({why})" for why, n in ignored.items()]
     report += [f"{n} fresh ({why})" for why, n in fresh.items()]
     return plan, f"{what}: {', '.join(report)}"
+
+
+def refusal(what: str, problems: list[str], unused: list[str]) -> str:
+    """The first ten of each kind, "missing", "shape" or "unknown"; what all keys begin with, if all are unused."""
+    lines = []
+    for kind, count in Counter(problem.partition(":")[0] for problem in problems).items():
+        lines += [problem for problem in problems if problem.startswith(kind)][:10]
+        lines += [f"{kind}: {count - 10} more"] * (count > 10)
+    prefix = os.path.commonprefix(unused).rpartition(".")[0]
+    hint = f"; all its keys begin with {prefix}., which is none of {', '.join(PREFIXES)}" if prefix else ""
+    return f"{what} does not fit, nothing was loaded; {len(problems)} problem(s){hint}:\n  " + "\n  ".join(lines)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of a module holds: parameters and persistent buffers; one that is tied has its first name."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        named.setdefault(id(tensor), (name, tensor))
+    return dict(named.values())
 
 
 def rows_for(table: Table, ours: str):
@@ -121,14 +152,17 @@ def first_match(patterns: dict[str, str], key: str) -> str | None:
 
 
 def unload(source: nn.Module, table: Table, without: dict[str, str] | None = None) -> dict[str, Tensor]:
-    """The inverse of `load`: our parameters under their keys, as far as the table has a row; the first row counts.
+    """The inverse of `load`: our tensors under their keys; of several rows the first counts.
 
-    without: regular expression of our keys to leave out -> why.
+    without: regular expression of our keys to leave out -> why. Raises UserError for tensors that have neither a row
+    nor a reason to be left out, here or in `Table.fresh`.
     """
     theirs: dict[str, Tensor] = {}
-    for ours, parameter in source.named_parameters():
+    lost, tensors = [], tensors_of(source)
+    for ours, parameter in tensors.items():
         row, keys = next(rows_for(table, ours), (None, []))
         if row is None or first_match(without or {}, ours):
+            lost += [ours] * (first_match(table.fresh | (without or {}), ours) is None)
             continue
         tensor = parameter.detach()
         if row.transform.third is not None:  # a missing third stays zero
@@ -137,6 +171,11 @@ def unload(source: nn.Module, table: Table, without: dict[str, str] | None = Non
         else:
             parts = row.transform.write(tensor, len(keys))
             theirs |= {key: part.contiguous() for key, part in zip(keys, parts, strict=True)}
+    expect(
+        not lost,
+        f"this format has no place for {len(lost)} of the {len(tensors)} tensors of {type(source).__name__} "
+        f"({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}): keep the run, or give them rows in weights/tables.py",
+    )
     return theirs
 
 
@@ -164,22 +203,38 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_tensors(paths: list[Path]) -> dict[str, Tensor]:
-    """Tensors by key, mapped from safetensors files or PyTorch pickles (weights_only=True): they are read when used."""
+    """Tensors by key, mapped from safetensors files or PyTorch pickles (weights_only=True): they are read when used.
+    Without what wrappers add to the keys."""
     tensors = {}
     for path in paths:
+        expect_fetched(path)
         safe = path.suffix == ".safetensors"
         try:
             mapped = safe or zipfile.is_zipfile(path)  # older pickles are read whole
             content = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
-            why = (str(error) or type(error).__name__).splitlines()[0]
             what = "is not a whole safetensors file" if safe else "cannot be read as PyTorch weights"
-            raise UserError(f"{path} {what} ({why}): fetch it again") from None
-        if isinstance(content, dict) and not safe:
-            content = content.get("model", content)  # LAVIS wraps its state dict
-        expect(isinstance(content, dict), f"{path} holds no state dict: expected tensors by name")
-        tensors |= {key: tensor for key, tensor in content.items() if isinstance(tensor, Tensor)}
+            raise UserError(f"{path} {what} ({reason(error)}") from None
+        for key in WRAPPERS:
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+        named = content if isinstance(content, dict) else {}
+        found = {key.replace("_orig_mod.", ""): t for key, t in named.items() if isinstance(t, Tensor)}  # by compile
+        only = f", only {', '.join(map(str, list(named)[:5]))}" * bool(named)
+        expect(found, f"{path} holds no state dict{only}: expected tensors by name")
+        tensors |= found
+    while prefix := next((p for p in PREFIXES if tensors and all(key.startswith(p) for key in tensors)), ""):
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
+
+
+def reason(error: Exception) -> str:
+    """Why a file of weights cannot be read, without PyTorch's advice to run the code in it, and what to do."""
+    text = str(error) or type(error).__name__
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds a {found[1]}, and no code in a file is run): save its state dict alone"
+    lines = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    return f"{lines[0]}): fetch it again"
 
 
 def sha256(paths: list[Path]) -> str:
@@ -187,7 +242,8 @@ def sha256(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
+            blocks = iter(partial(file.read, 1 << 20), b"")
+            for block in progress(blocks, f"hashing {path}", 1 + (path.stat().st_size >> 20)):
                 digest.update(block)
     return digest.hexdigest()
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.errors import expect, read_json
-from llm import LLMS
+from engine.errors import expect
 from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries
 from vit import PRESETS, ViT, ViTConfig
-from weights.configs import bert_config, hf_qformer_config, llm_config, vit_config
+from weights.configs import bert_config, hf_qformer_config, image_norm, llm_config, read_config, vit_config
 from weights.load import first_match, load, no_init, open_tensors, weight_files
-from weights.runs import Source, relocated
+from weights.runs import Source, relocated, split_spec
 from weights.tables import BERT, CLIP_BARE, EVA, HF_BLIP2, HF_RETRIEVAL, LAVIS_STAGE1, LAVIS_STAGE2, LAVIS_VITS, Table
 
 BARE_FILES = {"eva-g": EVA, "clip-l": CLIP_BARE}  # encoders whose published file has no config.json
@@ -43,7 +42,7 @@ def find_vit(spec: str) -> tuple[ViTConfig, Table | None, list[Path]]:
     "eva-g:eva_vit_g.pth" for a bare file, also a LAVIS checkpoint that holds a fine-tuned ViT. The last published block
     is dropped (paper 3.4).
     """
-    name, _, file = spec.partition(":")
+    name, file = split_spec(spec)
     if Path(spec).is_dir():
         cfg, table = vit_config(Path(spec))
         paths = weight_files(Path(spec))
@@ -68,7 +67,10 @@ def load_vit(
 ) -> tuple[ViT, str, Source]:
     """The encoder that `--vit` names (see `find_vit`), its load report, and its source."""
     cfg, table, paths = find_vit(spec)
-    return *fill(ViT, cfg, paths, table, f"vit {spec}", dtype, device), Source(spec, paths)
+    vit, report = fill(ViT, cfg, paths, table, f"vit {spec}", dtype, device)
+    if Path(spec).is_dir() and (missing := {"mean", "std"} - image_norm(Path(spec)).keys()):
+        report += f"; CLIP's {' and '.join(sorted(missing))} of pixels, as {spec} names none"
+    return vit, report, Source(spec, paths)
 
 
 def empty_vit(cfg: ViTConfig, dtype: torch.dtype, device: str | torch.device) -> ViT:
@@ -114,21 +116,20 @@ def build_qformer(cfg: QFormerConfig, fresh: dict[str, str], device: str | torch
 
 def check_llm_dtype(llm, dtype: torch.dtype | None, spec: str) -> None:
     """Refuse T5 in fp16; llm: a language model or its class."""
-    fits = dtype != torch.float16 or llm.fits_fp16
-    expect(fits, f"got precision fp16 for {spec}, in which T5 overflows: pass bf16, or fp32")
+    fits, name = dtype != torch.float16 or llm.fits_fp16, getattr(llm, "__name__", type(llm).__name__)
+    expect(fits, f"got precision fp16 for {spec}, in which {name} overflows: pass bf16, or fp32")
 
 
 def load_llm(
     spec: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", act: str | None = None
 ) -> tuple[nn.Module, str, Source]:
-    """The language model that `--llm` names (a folder, a BLIP-2 folder, or a name of `llm.PRESETS` for random weights),
-    its load report, and its source. act: T5's activation, if not that of its config.json."""
-    cfg, table = llm_config(spec)
+    """The language model that `--llm` names (a folder, a BLIP-2 folder, or a preset for random weights), its load
+    report, and its source. act: T5's activation, if not that of its config.json."""
+    cfg, family = llm_config(spec)
     cfg = cfg if act is None else replace(cfg, act=act)
-    kind = LLMS[type(cfg)]
-    check_llm_dtype(kind, dtype, spec)
+    check_llm_dtype(family.kind, dtype, spec)
     paths = weight_files(Path(spec)) if Path(spec).is_dir() else []
-    return *fill(kind, cfg, paths, table, f"llm {spec}", dtype, device), Source(spec, paths)
+    return *fill(family.kind, cfg, paths, family.table, f"llm {spec}", dtype, device), Source(spec, paths)
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def describe(path: Path, vit: str | None, bert: str | None, llm: str | None) -> 
     """A run folder, a transformers BLIP-2 folder, or a LAVIS .pth with the folders it was trained over."""
     if path.suffix in (".pth", ".pt"):
         return describe_lavis(path, vit, bert, llm)
-    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    config = read_config(path) if any((path / f"{name}config.json").exists() for name in ("", "adapter_")) else {}
     if config.get("model_type") == "blip-2":
         expect(not (vit or bert or llm), f"{path} has all its parts: leave --vit, --bert and --llm out")
         return describe_hf(path, config)

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError, expect
-from weights.load import sha256
+from vit import PRESETS
+from weights.load import sha256, tensors_of
 from weights.tables import Row, Table
 
 
@@ -26,17 +28,25 @@ class Source:
         return sha256(self.files) if self.files else None
 
 
+def split_spec(spec: str) -> tuple[str, str]:
+    """Name and path of what `--vit` names: of "eva-g:file" both; a folder has no name, whatever colons are in it."""
+    name, _, path = spec.partition(":")
+    return (name, path) if name in PRESETS and not os.path.isdir(spec) else ("", spec)
+
+
 def relative(spec: str, folder: Path) -> str:
     """A folder or name:file as a path relative to `folder`; a bare name is unchanged."""
-    *name, path = spec.split(":", 1)
-    return ":".join([*name, os.path.relpath(path, folder)]) if name or os.path.isdir(spec) else spec
+    name, path = split_spec(spec)
+    moves = path and (name or os.path.isdir(path))
+    return f"{name}:" * bool(name) + os.path.relpath(path, folder) if moves else spec
 
 
 def relocated(spec: str, folder: Path) -> str:
     """The inverse of `relative`."""
-    *name, path = spec.split(":", 1)
-    path = os.path.normpath(folder / path)
-    return ":".join([*name, path]) if name or os.path.isdir(path) or os.sep in spec else spec
+    name, path = split_spec(spec)
+    moved = os.path.normpath(folder / path)
+    moves = path and (name or os.path.isdir(moved) or os.sep in path)
+    return f"{name}:" * bool(name) + moved if moves else spec
 
 
 def write_config(model, folder: Path, relative_to: Path, **extra) -> None:
@@ -89,8 +99,10 @@ def frozen_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, by name: everything that is not frozen for good."""
-    return {name: t for name, t in model.state_dict().items() if not name.startswith(frozen_prefixes(model))}
+    """The tensors of a checkpoint, by name: everything that is not frozen for good. A trained ViT that is in half
+    precision now is stored as it was."""
+    state = {name: t.detach() for name, t in tensors_of(model).items() if not name.startswith(frozen_prefixes(model))}
+    return state | {name: t for name, t in model.vit_in_file.items() if state[name].dtype != torch.float32}
 
 
 def run_table(model: nn.Module) -> Table:
