@@ -56,7 +56,8 @@ from engine.device import (
     vit_dtype,
 )
 from engine.distributed import print0, rank, start_processes, world_size
-from engine.errors import Parser, UserError, at_least_1, check_output, expect, run_command
+from engine.errors import Parser, UserError, at_least_1, expect, run_command
+from engine.files import check_output
 from generate import generate
 from llm import OPT, OPTDecoder, T5Decoder
 from model import OBJECTIVES, Blip2Model

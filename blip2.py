@@ -8,7 +8,6 @@ Letters: N images, M texts; see also the glossary of qformer.py.
 """
 
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from io import IOBase
@@ -24,6 +23,7 @@ from torch import Tensor
 from engine.device import PRECISIONS, vit_dtype
 from engine.distributed import print0
 from engine.errors import expect
+from engine.files import whole, writing
 from generate import KVCache, generate
 from losses import itc_similarity
 from model import OBJECTIVES, Blip2Model
@@ -106,12 +106,7 @@ class Blip2(Blip2Model):
         """
         encoder, vit_report, vit_source = load_vit(vit, vit_dtype(precision, device), device)
         qformer, bert_report, bert_source = load_bert(bert, image_width=encoder.cfg.width, **qformer_sizes)
-        tokenizer, words = BertTokenizer(bert, max_text_tokens), qformer.cfg.vocab_size
-        expect(
-            tokenizer.vocab_size == words,
-            f"{bert} has a tokenizer of {tokenizer.vocab_size - 1} words and weights of {words - 1}, expected the "
-            "same: use the tokenizer that the weights were trained with",
-        )
+        tokenizer = BertTokenizer(bert, max_text_tokens, qformer.cfg.vocab_size)
         check_size(image_size, encoder.cfg.patch_size, vit)
         longest = qformer.cfg.max_positions // 8 * 8  # `pad` rounds up to 8
         expect(
@@ -147,7 +142,8 @@ class Blip2(Blip2Model):
         report = print0 if found.table is not None else lambda *_: None  # a run has nothing to report
         dtype = vit_dtype("fp32" if train_vit else precision, device)
         if found.vit_config is not None:
-            encoder, vit_source = empty_vit(found.vit_config, dtype, device), Source(found.vit)
+            encoder = empty_vit(str(path), found.vit_config, found.tensors, dtype, device)
+            vit_source = Source(found.vit)
         else:
             encoder, vit_report, vit_source = load_vit(found.vit, dtype, device)
             report(vit_report)
@@ -155,8 +151,8 @@ class Blip2(Blip2Model):
         sizes = found.qformer if dropout is None else replace(found.qformer, dropout=dropout)
         model = cls(
             encoder,
-            build_qformer(sizes, fresh, device),
-            BertTokenizer(found.tokenizer, found.max_text_tokens) if found.tokenizer else None,
+            build_qformer(str(path), sizes, found.tensors, fresh, device),
+            BertTokenizer(found.tokenizer, found.max_text_tokens, sizes.vocab_size) if found.tokenizer else None,
             found.image_size or encoder.cfg.image_size,
             found.embed_dim,
             found.ln_vision_eps,
@@ -211,14 +207,18 @@ class Blip2(Blip2Model):
         config.json.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(self).items()}
-        save_file(state, folder / ".model.partial", metadata={"format": "pt"})
-        os.replace(folder / ".model.partial", folder / "model.safetensors")  # the old one may still be mapped
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trained_state().items()}
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with whole(folder / "model.safetensors", sum(t.nbytes for t in state.values())) as partial:
+            save_file(state, partial, metadata={"format": "pt"})
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         self.write_config(folder, relative_to, **extra)
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The tensors that `save_pretrained` writes, by name: all but the frozen parts."""
+        return trained_state(self)
 
     def write_config(self, folder: Path, relative_to: str | Path | None = None, **extra) -> None:
         """config.json of `save_pretrained`."""

@@ -6,7 +6,6 @@ run is resumed. A value of None comes from the recipe: a row of `RECIPES`, chose
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -18,8 +17,10 @@ from pathlib import Path
 
 from engine.checkpoint import checkpoints, read_state
 from engine.device import DEVICES, PRECISIONS
-from engine.distributed import print0, rank, world_size
-from engine.errors import Parser, UserError, check_output, expect, read_json
+from engine.distributed import RESTARTS, TIMEOUT, gather_objects, print0, rank, world_size
+from engine.errors import Parser, UserError, expect
+from engine.files import check_output, read_json, write_json
+from engine.log import begun_here
 from model import OBJECTIVES
 from recipes import (
     CONTRASTIVE,
@@ -34,7 +35,7 @@ from recipes import (
     scaled,
 )
 from sources.annotations import check_spec
-from weights.configs import llm_config
+from weights.configs import check_run, llm_config, read_config
 from weights.runs import relocated
 
 BEFORE = {"2": "1", "retrieval": "1", "caption": "2", "vqa": "2"}  # stage -> that of the run which --init names
@@ -45,6 +46,11 @@ AT_LEAST_1 = (lambda x: x >= 1, "at least 1")
 ABOVE_0 = (lambda x: x > 0, "above 0")
 BELOW_1 = (lambda x: 0 <= x < 1, "0 or more, and below 1")
 SHARE = (lambda x: 0 < x <= 1, "above 0 and at most 1")
+SIDE = (lambda x: 1 <= x <= 4096, "1 to 4096")
+WIDTH = (lambda x: 1 <= x <= 65_536, "1 to 65536")
+SEED = (lambda x: 0 <= x < 2**63, "0 or more, and below 2^63")
+WORKERS = (lambda x: -1 <= x <= 256, "-1 to 256")
+NOT_EMPTY = (bool, "at least one")
 HAS_PLACE = (lambda x: "{}" in x, "{} in it, where the question goes")
 OBJECTIVE_CHOICE = (lambda x: not Counter(x.split(",")) - Counter(OBJECTIVES), "any of itc, itm, itg, with commas")
 
@@ -54,9 +60,9 @@ def one_of(*choices: str) -> tuple:
     return lambda x: x in choices, f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
-def flag(default, help: str, fits: tuple | None = None, stages: tuple = STAGES, resume: bool = False):
-    """A row of TrainConfig. resume: may it differ from the run that is resumed?"""
-    row = dict(help=help, fits=fits, stages=stages, resume=resume)
+def flag(default, help: str, fits: tuple | None = None, stages: tuple = STAGES, resume: bool = False, alone=None):
+    """A row of TrainConfig. resume: may it differ from the run that is resumed? alone: the value without one."""
+    row = dict(help=help, fits=fits, stages=stages, resume=resume, alone=alone)
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=row)
     return field(default=default, metadata=row)
@@ -78,20 +84,21 @@ class TrainConfig:
     llm: str = flag(f"{TINY}/opt", "frozen language model: a folder, or a name for random weights", stages=WITH_LLM,
                     resume=True)  # fmt: skip
     freeze_vit: bool | None = flag(None, "leave the ViT frozen", stages=FINE_TUNING)
-    image_size: int | None = flag(None, "pixels a side", AT_LEAST_1)
-    queries: int | None = flag(None, "learned queries", AT_LEAST_1)
+    image_size: int | None = flag(None, "pixels a side", SIDE)
+    queries: int | None = flag(None, "learned queries", SIDE)
     cross_every: int = flag(2, "cross-attention in every n-th block", AT_LEAST_1)
-    embed_dim: int | None = flag(None, "width of the space in which ITC compares", AT_LEAST_1)
+    embed_dim: int | None = flag(None, "width of the space in which ITC compares", WIDTH)
     max_text_tokens: int = flag(32, "longer texts are truncated", AT_LEAST_1)
     dropout: float | None = flag(None, "of the Q-Former", BELOW_1)
 
-    data: list[str] = flag(["shapes"], "shapes, an annotation file or a folder; may be repeated", resume=True)
+    data: list[str] = flag(["shapes"], "shapes, an annotation file or a folder; may be repeated", NOT_EMPTY,
+                           resume=True)  # fmt: skip
     images: list[str] = flag([], "folders of the images, if not beside the file; may be repeated", resume=True)
     val_data: str = flag("", "annotations to validate on", resume=True)
     val_photos: int | None = flag(None, "or: hold out this many images of --data", AT_LEAST_0)
     test_images: int = flag(0, "images of the final evaluation, 0 for all", AT_LEAST_0, resume=True)
     cache_features: bool | None = flag(None, "run the frozen ViT once per image, keep its tokens; no augmentation")
-    workers: int = flag(-1, "loader processes; -1 chooses", resume=True)
+    workers: int = flag(-1, "loader processes; -1 chooses", WORKERS, resume=True)
 
     losses: str = flag("itc,itm,itg", "which objectives", OBJECTIVE_CHOICE, CONTRASTIVE)
     negatives_ramp: int | None = flag(None, "steps until ITM's negatives are hard; 0: at once", AT_LEAST_0, CONTRASTIVE)
@@ -114,14 +121,17 @@ class TrainConfig:
     grad_checkpointing: bool | None = flag(None, "recompute blocks of LLM and trained ViT", stages=STAGES[1:])
 
     out: str = flag("", "folder of the run; runs/stage1, runs/stage2, runs/caption, ... if not given", resume=True)
-    resume: bool = flag(False, "continue the run in --out", resume=True)
+    resume: str = flag("", "continue the run in --out; --resume auto starts it if there is none",
+                       one_of("", "always", "auto"), resume=True, alone="always")  # fmt: skip
+    data_changed: bool = flag(False, "with --resume: go on though data or images have changed", resume=True)
     overwrite: bool = flag(False, "delete the run in --out first", resume=True)
-    seed: int = flag(0, "of everything random", AT_LEAST_0)
+    seed: int = flag(0, "of everything random", SEED)
     precision: str = flag("auto", "auto, fp32, bf16 or fp16", one_of("auto", *PRECISIONS), resume=True)
     device: str = flag("auto", "auto, cuda, mps or cpu", one_of(*DEVICES), resume=True)
     log_every: int = flag(20, "steps between printed lines", AT_LEAST_1, resume=True)
     eval_every: int | None = flag(None, "steps between validations, 0 for none", AT_LEAST_0, resume=True)
     save_every: int | None = flag(None, "steps between checkpoints", AT_LEAST_1, resume=True)
+    timeout: float = flag(TIMEOUT, "minutes that a process waits for the others", ABOVE_0, resume=True)
     keep: int = flag(1, "how many checkpoints are kept beside the best", AT_LEAST_1, resume=True)
     config: str = flag("", "take flags from this file: a run's config.json, or of --write-config", resume=True)
     write_config: str = flag("", "write the whole configuration to this file, and stop", resume=True)
@@ -131,6 +141,7 @@ GROUPS = {  # of --help: the first flag of each
     "stage": "what is trained", "vit": "model", "data": "data", "losses": "objective", "steps": "optimization",
     "out": "run",
 }  # fmt: skip
+ONCE = {"out", "resume", "data_changed", "overwrite", "config", "write_config"}  # of one command, not of a run
 FLAGS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 
@@ -167,14 +178,16 @@ def parse_flags(argv: list[str] | None, description: str) -> tuple[TrainConfig, 
         elif kind is list:
             group.add_argument(dashed(name), action="append", help=about, metavar="PATH")
         else:
-            group.add_argument(dashed(name), type=kind, help=about, metavar=kind.__name__)
+            more = {} if (alone := f.metadata["alone"]) is None else dict(nargs="?", const=alone)
+            group.add_argument(dashed(name), type=kind, help=about, metavar=kind.__name__, **more)
     given = vars(parser.parse_args(argv))
     if "config" in given:
         other = {"steps": "epochs", "epochs": "steps", "val_data": "val_photos", "val_photos": "val_data"}
         replaced = {other.get(name) for name in given}
         saved = flags_of(Path(given["config"]), stage)
         given = {name: value for name, value in saved.items() if name not in replaced} | given
-    return TrainConfig(**given), set(given)
+    check_limits(cfg := TrainConfig(**given))  # before anything is computed from them
+    return cfg, set(given)
 
 
 def flags_of(path: Path, stage: str) -> dict:
@@ -182,25 +195,48 @@ def flags_of(path: Path, stage: str) -> dict:
     saved = read_json(path)
     saved = saved.get("train", saved) if isinstance(saved, dict) else saved
     expect(isinstance(saved, dict), f"--config {path} holds no object: expected flags and their values")
+    saved = {name: value for name, value in saved.items() if name not in ONCE}
+    if saved.get("steps"):
+        saved.pop("epochs", None)
     unknown = sorted(saved.keys() - FLAGS)
     expect(not unknown, f"--config {path} has {', '.join(unknown[:5])}, which are no flags: remove them")
-    for name, value in saved.items():
-        kind = kind_of(FLAGS[name])
-        fits = value is None or type(value) is kind or (kind is float and type(value) is int)
-        expect(fits, f"--config {path} has {name} {value!r:.40}, expected {kind.__name__}")
-    once = {"out", "resume", "overwrite", "config", "write_config"} | ({"epochs"} if saved.get("steps") else set())
+    check_types(saved, f"--config {path}")
     stage = saved.get("stage", stage)
-    mine = {name for name in saved.keys() - once if stage in FLAGS[name].metadata["stages"]}
+    mine = {name for name in saved if stage in FLAGS[name].metadata["stages"]}
     return {name: saved[name] for name in mine if saved[name] is not None}
+
+
+def check_types(saved: dict, where: str) -> None:
+    """Refuse values in a file that a command line cannot give."""
+    for name, value in saved.items():
+        kind, whole = kind_of(FLAGS[name]), type(value) is int
+        fits = value is None or type(value) is kind or (kind is float and whole)
+        fits = fits and all(isinstance(item, str) for item in (value if kind is list and value else ()))
+        fits = fits and "\0" not in "".join((value or ()) if kind is list else str(value))
+        expect(fits, f"{where} has {name} {value!r:.40}, expected {kind.__name__}")
 
 
 def run_folder(cfg: TrainConfig) -> Path:
     """--out, or runs/stage1, runs/stage2, runs/caption, ...; a new run must not find another there."""
     run = Path(cfg.out or "runs/" + (cfg.stage if cfg.stage in FINE_TUNING else f"stage{cfg.stage}"))
-    expect(not run.exists() or run.is_dir(), f"--out {run} is a file, expected a folder: pass another")
+    expect(not os.path.exists(run) or os.path.isdir(run), f"--out {run} is a file, expected a folder: pass another")
     holds = f"{run} holds a run: pass --resume to continue it, --out to start another, or --overwrite"
-    expect(cfg.resume or cfg.overwrite or not checkpoints(run), holds)
+    expect(cfg.resume or cfg.overwrite or restarted(run) or not checkpoints(run), holds)
     return run
+
+
+def restarted(run: Path) -> bool:
+    """Has torchrun started this run before and restarts it now?"""
+    return RESTARTS > 0 and begun_here(run / "log.jsonl")
+
+
+def continues(run: Path, cfg: TrainConfig) -> bool:
+    """Is the run in this folder to be continued?"""
+    asked, found = bool(cfg.resume) or restarted(run), bool(checkpoints(run))
+    asked, found = gather_objects((asked, found))[0]  # the disk may not show the same to all
+    none = f"--resume: {run} has no checkpoint yet: leave --resume out to start it, or pass --resume auto"
+    expect(found or RESTARTS or cfg.resume != "always", none)
+    return asked and found
 
 
 # --- a new run -------------------------------------------------------------------------------------------------------
@@ -217,7 +253,7 @@ def begin(cfg: TrainConfig, given: set[str], images: int, texts: int) -> TrainCo
         check(cfg)
         check_output("write-config", cfg.write_config)
         if rank() == 0:
-            Path(cfg.write_config).write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+            write_json(Path(cfg.write_config), dataclasses.asdict(cfg), indent=2)
         print0(f"written to {cfg.write_config}; to start this run: python train.py --config {cfg.write_config}")
         sys.exit(0)
     return cfg
@@ -314,11 +350,11 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
     start = f"stage {cfg.stage} starts from a run of stage {before}: pass --init runs/stage{before}"
     expect(cfg.init not in ("", "none"), start + ", or --init none to go without" * (cfg.stage == "2"))
     missing = f"--init {folder} is not a run: train it with --stage {before} --out {folder}"
-    expect((folder / "config.json").exists(), missing + ", or pass --init none" * (cfg.stage == "2"))
-    run = read_json(folder / "config.json")
+    expect(os.path.exists(folder / "config.json"), missing + ", or pass --init none" * (cfg.stage == "2"))
+    run = read_config(folder)
     export = f"make one of it with python -m tools.weights export {folder} --format run runs/{folder.name}"
     expect(run.get("model") == "blip2", f"--init {folder} is a public checkpoint, expected a run: {export}")
-    has_llm = bool(run.get("llm"))
+    (q, _), has_llm = check_run(run, folder / "config.json"), bool(run.get("llm"))
     differs = f"--init {folder} is a run {'with' if has_llm else 'without'} a language model, {start}"
     expect(cfg.stage == "2" or has_llm == (before == "2"), differs)
     expect(
@@ -327,14 +363,13 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
         "the run of stage 2 before it",
     )
     inherited = {name: relocated(run[name], folder) for name in ("vit", "bert", "llm") if run.get(name)}
-    q = run["qformer"]
-    inherited |= dict(dropout=q["dropout"], queries=q["num_queries"], cross_every=q["cross_every"])
+    inherited |= dict(dropout=q.dropout, queries=q.num_queries, cross_every=q.cross_every)
     inherited |= {name: run[name] for name in ("image_size", "embed_dim", "max_text_tokens")}
     free = {"vit", "dropout", "llm"} | ({"image_size"} if cfg.stage in FINE_TUNING else set())
     for name in given & inherited.keys() - free:
         got, had = getattr(cfg, name), inherited[name]
         expect(got == had, f"got {dashed(name)} {got}, but {folder} has {had}: leave it out")
-    return {name: value for name, value in inherited.items() if name not in given} | {"image_width": q["image_width"]}
+    return {name: value for name, value in inherited.items() if name not in given} | {"image_width": q.image_width}
 
 
 # --- an old run ------------------------------------------------------------------------------------------------------
@@ -346,12 +381,12 @@ def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, P
     Refuses flags that would make another run of it, and another number of processes. Data and frozen parts may have
     moved: `restore` compares their hashes.
     """
-    folders = checkpoints(run)
-    expect(folders, f"--resume: {run} has no checkpoint yet: leave --resume out to start it")
-    state = read_state(folders[-1])
-    config = read_json(folders[-1] / "config.json")
-    parts = {name: relocated(config[name], folders[-1]) for name in ("vit", "bert", "llm") if config.get(name)}
-    saved = dataclasses.replace(saved_config(config["train"]), **parts)
+    folder = gather_objects(checkpoints(run)[-1])[0]  # the disk may show other ranks another
+    state = read_state(folder)
+    config, where = read_config(folder), folder / "config.json"
+    check_run(config, where)
+    parts = {name: relocated(config[name], folder) for name in ("vit", "bert", "llm") if config.get(name)}
+    saved = dataclasses.replace(saved_config(config.get("train") or {}, where), **parts)
     may_change = {name for name, f in FLAGS.items() if f.metadata["resume"]}
     other = [name for name in given - may_change if getattr(saved, name) != getattr(cfg, name)]
     was = ", ".join(f"{dashed(name)} {getattr(saved, name)}" for name in other)
@@ -363,30 +398,39 @@ def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, P
     changed = {name: getattr(cfg, name) for name in given & may_change}
     if "lr" in changed:  # the rate never rises
         changed["min_lr"] = min(saved.min_lr, cfg.lr)
-    return dataclasses.replace(saved, **changed), folders[-1], state
+    return dataclasses.replace(saved, **changed), folder, state
 
 
-def saved_config(saved: dict) -> TrainConfig:
+def saved_config(saved: dict, where: str | Path = "config.json") -> TrainConfig:
     """The configuration in a checkpoint; of older runs, without flags that no longer exist."""
+    lacks = [name for name in ("stage", "data", "batch", "steps") if name not in saved]
+    expect(not lacks, f"{where} has no {', '.join(lacks)} in train, expected them as train.py writes them")
     compared = saved.get("itc_batch", 0)
     expect(
         compared in (0, saved["batch"]) and not saved.get("last_block"),
         "--resume: the run was started with --last-block, or with an --itc-batch below --batch, which no longer exist: "
         "start another run with --out",
     )
-    known = {name: value for name, value in saved.items() if name in FLAGS}
+    known = {name: value for name, value in saved.items() if name in FLAGS and name not in ONCE}
+    check_types(known, str(where))
     return TrainConfig(**{"gradcache": bool(compared)} | known)
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
-def check(cfg: TrainConfig) -> None:
-    """Refuse what cannot work, in a sentence."""
+def check_limits(cfg: TrainConfig) -> None:
+    """Refuse a value that its flag cannot have."""
     for name, f in FLAGS.items():
         value, fits = getattr(cfg, name), f.metadata["fits"]
+        expect(not isinstance(value, float) or math.isfinite(value), f"got {dashed(name)} {value}, expected a number")
         if fits and value is not None and not fits[0](value):
             raise UserError(f"got {dashed(name)} {value}, expected {fits[1]}")
+
+
+def check(cfg: TrainConfig) -> None:
+    """Refuse what cannot work, in a sentence."""
+    check_limits(cfg)
     expect(cfg.min_lr <= cfg.lr, f"got --min-lr {cfg.min_lr}, expected at most --lr {cfg.lr:g}")
     expect(not (cfg.val_photos and cfg.val_data), "got --val-photos and --val-data, expected one of the two")
     for spec in cfg.data:

@@ -5,9 +5,11 @@ So the data of step n are the same for any number of ranks and workers, and afte
 Letters: see the glossary of qformer.py.
 """
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.device import cores
+from engine.distributed import print0
 from engine.errors import UserError, expect
+from engine.stop import unheard
 from sources.annotations import Mixture, Target, open_images
 from sources.images import eval_transform, open_image
 from sources.text import BertTokenizer, LLMTokenizer, clean_caption, pad, split_prefix
@@ -268,16 +272,44 @@ def loader_workers(cfg, images: Mixture) -> int:
     return 0 if images.cached or cfg.data == ["shapes"] else decoding_workers()
 
 
-def train_loader(train_set: TrainSet, sampler: StepSampler, workers: int, pin: bool) -> DataLoader:
-    """Batches, made ahead of time by worker processes."""
-    ahead = 4 if workers else None
-    return DataLoader(train_set, None, sampler=sampler, num_workers=workers, pin_memory=pin, prefetch_factor=ahead)
+class Loader(DataLoader):
+    """A DataLoader whose workers leave signals to this process, and whose lost workers are noticed in `next` only: by
+    default PyTorch raises in the middle of whatever runs."""
+
+    def __iter__(self):
+        before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        with unheard():
+            batches = super().__iter__()
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
+        return batches
+
+
+def train_loader(train_set: TrainSet, sampler: StepSampler, workers: int, pin: bool):
+    """Yield batches, made ahead of time by worker processes. New ones take the place of those that the system kills."""
+    how = dict(num_workers=workers, pin_memory=pin, prefetch_factor=4 if workers else None)
+    done, lost = 0, []  # batches since sampler.start; where workers were lost
+    while True:
+        own = torch.Generator()  # the global one would make them change the dropout
+        try:
+            for batch in Loader(train_set, None, sampler=islice(sampler, done, None), generator=own, **how):
+                yield batch
+                done += 1
+            return
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: amid a batch
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+        sampler.start, done = sampler.start + done // sampler.accumulate, done % sampler.accumulate
+        lost.append((sampler.start, done))
+        often = f"loader workers are killed again and again: {workers} of them need more memory than there is"
+        expect(lost.count(lost[-1]) < 3, f"{often}: pass --workers {workers // 2}")
+        print0("a loader worker was killed, by the system if memory is short; new ones go on")
 
 
 def image_loader(images: Mixture | ImageFiles, image_size: int, batches: list[list[int]], workers: int) -> DataLoader:
     """`EvalSet` over batches of rows, in order."""
     own = torch.Generator()  # the global one would make a validation change the dropout after it
-    return DataLoader(EvalSet(images, image_size), None, sampler=batches, num_workers=workers, generator=own)
+    return Loader(EvalSet(images, image_size), None, sampler=batches, num_workers=workers, generator=own)
 
 
 # --- what a training opens -------------------------------------------------------------------------------------------

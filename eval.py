@@ -19,22 +19,29 @@ import os
 import shutil
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+
+from PIL import Image
 
 from blip2 import TINY, Blip2, chunked
 from data import ImageFiles, decoding_workers, image_loader
 from engine.device import DEVICES, PRECISIONS, choose_precision, local_device
 from engine.distributed import print0, rank, start_processes
-from engine.errors import Parser, at_least_1, check_output, expect, read_json, read_text, run_command
+from engine.errors import Parser, at_least_1, expect, run_command, shorten
+from engine.files import check_output, read_json, read_text, whole, write_json
+from engine.lock import locked
 from engine.progress import clock, progress
+from engine.stop import Stopped, state
 from sources.annotations import check_spec, open_images
 from sources.images import images_in, open_image
 from sources.shapes import SPLITS
-from sources.text import fill_template
+from sources.text import fill_template, is_string
 from tasks.attention_maps import draw_attention
 from tasks.batches import IMAGES, PartialResults
 from tasks.features import write_features
-from tasks.presets import PRESETS, REPORTS, TASKS, partial_folder, provenance, write_json, write_result
+from tasks.presets import PRESETS, REPORTS, TASKS, partial_folder, provenance, write_result
 from tasks.shapes_qa import shapes_vqa
 
 # The image that ships with the code, and what is asked about it by default.
@@ -93,7 +100,10 @@ def save_attention(model: Blip2, path: Path, args: argparse.Namespace) -> None:
     question = args.question[0] if args.question else ""
     prompt = fill_template(model.template, question) if question and model.llm is not None else args.prompt or ""
     drawn = draw_attention(model, image, caption, args.queries or [], args.word or "", prompt, question)
-    drawn.save(args.attention)
+    if rank() > 0:
+        return
+    with whole(args.attention) as partial:
+        drawn.save(partial, format=Image.registered_extensions()[Path(args.attention).suffix.lower()])
     print0(f"attention maps: {args.attention}")
 
 
@@ -104,7 +114,7 @@ def chat(model: Blip2, path: Path) -> None:
     while True:
         try:
             question = input("you: ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, Stopped):
             question = ""
         if not question:
             return
@@ -137,15 +147,16 @@ def evaluate(model: Blip2, args: argparse.Namespace, preset: dict, changed: dict
     partial = PartialResults(folder)
     try:
         return identity | TASKS[args.command](model, images, workers=workers_of(args), partial=partial, **how)
-    except KeyboardInterrupt:
-        how = "stopped: type the same command again to go on" if folder and partial.done else ""
-        raise KeyboardInterrupt(how) from None
+    except Stopped:
+        if folder and partial.done:
+            state.advice = "type the same command again to go on"
+        raise
 
 
 def read_candidates(path: str) -> list[str]:
     """A JSON list of answers."""
     candidates = read_json(path)
-    is_list = isinstance(candidates, list) and candidates and all(isinstance(text, str) for text in candidates)
+    is_list = isinstance(candidates, list) and candidates and all(map(is_string, candidates))
     expect(is_list, f'--candidates {path} is no list of answers: expected ["yes", "no", ...]')
     return candidates
 
@@ -173,6 +184,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for command in where:
             parsers[command].add_argument(name, **settings)
 
+    few = partial(at_least_1, most=4096)
     every, preset, generated = tuple(about), tuple(TASKS), ("captions", "vqa")
     opened = "a run, one of its checkpoints (runs/stage1/best, runs/stage1/step-000500), or a public checkpoint"
     flag("--checkpoint", ("ask",), default=os.path.relpath(TINY / "blip2"), help=opened)
@@ -185,7 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--llm", every, help="the frozen language model, if it is not where the run says")
     flag("--precision", every, default="auto", choices=("auto", *PRECISIONS))
     flag("--device", every, default="auto", choices=DEVICES)
-    flag("--image-size", every, type=at_least_1, help="pixels a side, if not the checkpoint's")
+    flag("--image-size", every, type=few, help="pixels a side, if not the checkpoint's")
     flag("--out", every[:-1], help="write the result here")
     flag("--out", every[-1:], help="write the features here", required=True)
     flag("--workers", ("ask", *preset, "features"), type=int, help="loader processes; default up to 8")
@@ -196,8 +208,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--attention", ("ask",), help="draw where the queries look into this .png")
     flag("--queries", ("ask",), type=int, nargs="+", help="which; default those with the most concentrated maps")
     flag("--word", ("ask",), help="with --attention: Grad-CAM for this word")
-    flag("--beams", ("ask",), type=at_least_1, default=5)
-    flag("--max-new-tokens", ("ask",), type=at_least_1, help="default 30 for captions, 10 for answers")
+    flag("--beams", ("ask",), type=few, default=5)
+    flag("--max-new-tokens", ("ask",), type=few, help="default 30 for captions, 10 for answers")
     for name, kind in zip(PENALTIES, (float, float, at_least_1)):
         flag(f"--{name.replace('_', '-')}", ("ask", "captions"), type=kind, help="of the search; see generate.py")
     flag("--images", ("features",), required=True, help="the folder of the images")
@@ -208,8 +220,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--split", (*preset, "answers"), help="of shapes and of Karpathy's files; default the preset's")
     flag("--k", ("retrieval",), type=at_least_1, help="how many candidates ITM re-ranks; default 128")
     flag("--rerank", ("retrieval",), choices=("itm", "itm+itc"), help="default itm, as in the paper")
-    flag("--beams", generated, dest="num_beams", type=at_least_1, help="default 5")
-    flag("--max-new-tokens", generated, type=at_least_1, help="default the preset's")
+    flag("--beams", generated, dest="num_beams", type=few, help="default 5")
+    flag("--max-new-tokens", generated, type=few, help="default the preset's")
     flag("--predictions", generated, help="write the predictions here, as the task's evaluation server reads them")
     flag("--prompt", ("captions",), help="what the captions continue")
     flag("--template", ("vqa",), help="for the questions, with {} for the question")
@@ -221,6 +233,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work, in a sentence, before anything is loaded."""
     if args.command == "ask":
+        expect(args.image, "got an empty --image, expected an image or a folder of them")
         flag = "--chat" if args.chat else "--attention"
         single = f"{flag} is for one image, {args.image} is a folder: pass --image with one of its files"
         expect(not (args.chat or args.attention) or not Path(args.image).is_dir(), single)
@@ -239,6 +252,8 @@ def check(args: argparse.Namespace) -> None:
     expect(args.data != ["shapes"] or args.split in (None, *SPLITS), wrong)
     wrong = f"got --repetition-penalty {args.repetition_penalty}, expected above 0"
     expect(args.repetition_penalty is None or args.repetition_penalty > 0, wrong)
+    fits = getattr(args, "workers", None) is None or -1 <= args.workers <= 256
+    expect(fits, f"got --workers {shorten(getattr(args, 'workers', 0), 60)}, expected -1 to 256")
     for flag in ("out", "predictions", "attention"):
         check_output(flag, getattr(args, flag))
 
@@ -269,8 +284,13 @@ def main(argv: list[str] | None = None) -> dict | list | None:
     if args.command == "answers":
         model.need_llm()
         result = shapes_vqa(model, open_images(["shapes"], preset["split"], model.image_size))
-    else:
-        result = evaluate(model, args, preset, changed)
+        return report(result, args)
+    with locked(partial_folder(args.out)) if args.out else nullcontext():
+        return report(evaluate(model, args, preset, changed), args)
+
+
+def report(result: dict, args: argparse.Namespace) -> dict:
+    """Print a result and write it into the files that were asked for."""
     print0(REPORTS[result["task"]][1](result))
     if args.predictions and rank() == 0:
         write_json(Path(args.predictions), result["predictions"])

@@ -211,7 +211,7 @@ class Blip2Model(nn.Module):
         if world_size() > 1:
             fetched_kv = self.image_kv(fetched)
             image_kv = [tuple(map(torch.cat, zip(own, other))) for own, other in zip(image_kv, fetched_kv)]
-        return [(k[index], v[index]) for k, v in image_kv]
+        return [(k.index_select(0, index), v.index_select(0, index)) for k, v in image_kv]  # [] sums in any order
 
     def itm(
         self, image_kv: ImageKV, negative_kv: ImageKV, batch: Batch, texts_all: list[Tensor], negatives, total: Tensor

@@ -8,19 +8,19 @@
 What a run writes, runs/stage1/ and so on:
 
     config.json, model.safetensors, tokenizer.json    the latest model; `Blip2.from_pretrained` opens the folder
-    train_state.pt                                    what else `--resume` needs
+    train_state.pt, SHA256SUMS                        what else `--resume` needs, and checksums
     log.jsonl                                         JSON lines: a header, steps, validations
     step-000500/                                      the last `--keep` checkpoints, each complete
     best/                                             the model with the best validation
     retrieval.json, answers.json or captions.json     the final evaluation
 
+A signal ends a run after its step, with a checkpoint (engine/stop.py); `torchrun --max-restarts 9` continues one.
 The same code runs in one process or many, on CPU, CUDA or MPS. --batch is the global batch; without accumulation, the
 number of ranks changes the speed only. ITC and ITM see one micro-batch of all ranks at a time, unless --gradcache.
 """
 
 import math
 import re
-import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -33,14 +33,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2 import Blip2
-from config import TrainConfig, begin, check, parse_flags, resume, run_folder
+from config import TrainConfig, begin, check, continues, parse_flags, resume, run_folder
 from data import Batch, StepSampler, TrainSet, collate_for, loader_workers, open_train, split_validation, train_loader
-from engine.checkpoint import GracefulStop, checkpoints, restore, save_checkpoint
+from engine import stop
+from engine.checkpoint import clear, restore, save_checkpoint, tell_room
 from engine.device import choose_precision, local_device, prepare_cpu
-from engine.distributed import all_sum, gather_objects, print0, rank, start_processes, world_size
+from engine.distributed import all_max, gather_objects, print0, rank, start_processes, world_size
 from engine.errors import run_command
 from engine.gradcache import two_pass_losses
 from engine.health import Health
+from engine.lock import locked
 from engine.log import Log, Meter, log_line, print_start
 from engine.progress import clock
 from model import Blip2Model
@@ -173,16 +175,13 @@ def build_model(
     return model
 
 
-def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
-    """Train as the flags say; given: names of the flags passed. Returns the final evaluation, None if stopped."""
-    start_processes()
-
+def train(cfg: TrainConfig, given: set[str], run: Path) -> dict | None:
+    """Train in the folder `run` as the flags say; given: names of the flags passed. Returns the final evaluation."""
     # --- a new or a resumed run
-    run, folder, resumed = run_folder(cfg), None, None
-    if cfg.resume:
+    folder, resumed = None, None
+    if continues(run, cfg):
         cfg, folder, resumed = resume(run, cfg, given)
     images = open_train(cfg)  # before the recipe, which depends on their number
-    data_sha256 = images.content_sha256()
     if not resumed:
         cfg = begin(cfg, given, images.num_images(10 * SMALL_DATA), images.num_texts())
     check(cfg)
@@ -202,9 +201,12 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
     optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     print_start(model, optimizer, cfg, objectives, micro_batch, candidates)
+    tell_room(run, model, cfg.keep)
 
     # --- data
+    data = {"records of --data": images.content_sha256(), "images of --data": images.sizes_sha256()}
     images, val = split_validation(cfg, images)
+    data |= {"records of --val-data": val.content_sha256()} if val is not None and cfg.val_data else {}
     if cfg.cache_features:
         for part in filter(None, (images, val)):
             part.cached = cache_tokens(model, part, run.parent / "features", loader_workers(cfg, part))
@@ -218,20 +220,23 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
     best, trained_s = -1.0, 0.0
     torch.manual_seed(cfg.seed + rank())  # dropout from here on
     if resumed:
-        best, trained_s = restore(folder, resumed, model, optimizer, scaler, data_sha256)
+        best, trained_s = restore(folder, resumed, model, optimizer, scaler, data, cfg.data_changed)
     ddp = model
     if world_size() > 1:  # all ranks have the same weights already
         ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
 
     # --- log, checkpoint, validation
-    if rank() == 0 and not resumed and checkpoints(run):  # --overwrite: only after all checks have passed
-        shutil.rmtree(run)
+    if rank() == 0:  # after all checks have passed
+        clear(run, cfg.overwrite and not resumed)
     log = Log(run, start, asdict(cfg), f"{device}, {precision}")
     meter, health = Meter(objectives, cfg.batch, len(images), device, trained_s), Health(cfg, TEMPERATURES)
 
+    launch = "python" if world_size() == 1 else f"torchrun --nproc_per_node {world_size()}"
+
     def save(step: int, best: float, is_best: bool = False) -> None:
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "trained_s": meter.trained_s}
-        save_checkpoint(run, step, model, {**state, "best": best, "data": data_sha256}, cfg, is_best)
+        state = {"scaler": scaler.state_dict(), "trained_s": meter.trained_s, "best": float(best), "data": data}
+        save_checkpoint(run, step, model, optimizer, state, cfg, is_best)
+        stop.state.advice = f"step {step} is saved; continue with: {launch} train.py --resume --out {run}"
 
     def validates(step: int) -> bool:
         return val is not None and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
@@ -240,28 +245,28 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
         best = validate(model, val, cfg, objectives, workers, start, best, save, log)
 
     # --- the loop
+    stop.be_patient()
     meter.window_s = time.perf_counter()
     for step in range(start + 1, cfg.steps + 1):
+        stop.state.place = f"step {step}"
         set_lr(optimizer, lr := lr_at(step, cfg))
         micro_batches = meter.next_batches(batches, accumulate)
         losses, norm = optimize(ddp, optimizer, scaler, micro_batches, cfg, objectives, step)
         meter.add(lr, losses, norm, model.temperature, micro_batches)
 
         due = step % cfg.log_every == 0 or step in (start + 1, cfg.steps)
-        saves = step % cfg.save_every == 0 or step == cfg.steps
-        stopping = bool(all_sum(torch.tensor(float(stop.requested))))  # on the CPU: the host does not wait
-        if not (due or validates(step) or saves or stopping):
+        saves = step % cfg.save_every == 0 or step == cfg.steps or validates(step)  # a validation may be left
+        asked = int(all_max(torch.tensor(stop.state.asked)))  # a signal; on the CPU: the host does not wait
+        if not (due or saves or asked):
             continue
         rows = meter.read(step, scaled=scaler.is_enabled())
         log.write(*rows)
         hardness = hardness_at(step, cfg)
         print0(log_line(rows, cfg, objectives, hardness), *health.unusual(rows, hardness))
-        if saves or stopping:  # before the validation, whose failure then loses nothing
+        if saves or asked:
             save(step, best)
-        if stopping:
-            launch = "python" if world_size() == 1 else f"torchrun --nproc_per_node {world_size()}"
-            print0(f"stopped at step {step}, saved; continue with: {launch} train.py --resume --out {run}")
-            return None
+        if asked:
+            raise stop.Stopped(asked)
         if validates(step):
             best = validate(model, val, cfg, objectives, workers, step, best, save, log)
         meter.window_s = time.perf_counter()
@@ -273,8 +278,10 @@ def train(cfg: TrainConfig, given: set[str], stop: GracefulStop) -> dict | None:
 def main(argv: list[str] | None = None) -> dict | None:
     """The command line."""
     cfg, given = parse_flags(argv, __doc__.split("\n")[0])
-    with GracefulStop() as stop:
-        return train(cfg, given, stop)
+    start_processes(cfg.timeout)
+    run = run_folder(cfg)
+    with nullcontext() if cfg.write_config else locked(run):
+        return train(cfg, given, run)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
-"""Checkpoints that are written whole or not at all, and a stop on a signal."""
+"""Checkpoints: written whole or not at all, verified before an older one is deleted, checked when they are read."""
 
 import os
 import shutil
-import signal
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from engine.distributed import gather_objects, rank
-from engine.errors import UserError, expect, read_json
+from engine.distributed import gather_objects, print0, rank
+from engine.errors import UserError, expect
+from engine.files import check_room, free_bytes, megabytes, read_json, read_text, remove, sha256, whole, writing
+from engine.stop import uninterrupted
+
+SUMS = "SHA256SUMS"  # of all files but train_state.pt, which has checksums inside; sha256sum -c reads it
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+STATE = {"optimizer": dict, "scaler": dict, "rng": list, "step": int, "best": float, "trained_s": float}
+
+# --- write -----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Path, step: int, model, train_state: dict, cfg, is_best: bool = False) -> None:
+def save_checkpoint(run: Path, step: int, model, optimizer, state: dict, cfg, is_best: bool = False) -> None:
     """Write run/step-NNNNNN/ whole or not at all, link it as the run's latest, delete those beyond --keep. A checkpoint
     that exists already, of the same step before its validation, gets a new state only.
 
-    Called on all ranks, because each adds the state of its random numbers; rank 0 writes.
+    Called on all ranks, because each adds the state of its random numbers; rank 0 writes. Raises UserError, with the
+    older checkpoints as they were, if the model is not finite, the disk is full, or it does not hold what was written.
     """
     rng = {"cpu": torch.get_rng_state()}
     if model.device.type == "cuda":
@@ -24,32 +35,90 @@ def save_checkpoint(run: Path, step: int, model, train_state: dict, cfg, is_best
     rngs = gather_objects(rng)
     if rank() > 0:
         return
+    check_finite(model, optimizer, step)
+    state = {**state, "optimizer": optimizer.state_dict(), "step": step, "rng": rngs}
     folder = run / f"step-{step:06d}"
-    partial = run / f".{folder.name}.partial"
-    source = folder if folder.exists() else partial
-    if source == partial:
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, relative_to=folder, train=asdict(cfg), step=step)
     weights = ["model.safetensors"] + ["tokenizer.json"] * (model.tokenizer is not None)
-    if is_best:  # before the state says so
-        (run / "best").mkdir(exist_ok=True)
-        for name in ("config.json", *weights):  # config: both folders are equally deep
-            link(source / name, run / "best" / name)
-    torch.save({**train_state, "step": step, "rng": rngs}, source / ".train_state.partial")
-    os.replace(source / ".train_state.partial", source / "train_state.pt")
-    if source == partial:
-        os.replace(partial, folder)
-    for name in ("train_state.pt", *weights):
-        link(folder / name, run / name)
-    model.write_config(run, train=asdict(cfg), step=step)
-    for old in checkpoints(run)[: -cfg.keep]:
-        shutil.rmtree(old)
+    with uninterrupted():
+        if not folder.exists():
+            with whole(folder, checkpoint_bytes(model)) as partial:
+                model.save_pretrained(partial, relative_to=folder, train=asdict(cfg), step=step)
+                verify_weights(partial, model)
+                sums = [f"{sha256([partial / name])}  {name}\n" for name in ("config.json", *weights)]
+                (partial / SUMS).write_text("".join(sums))
+                write_state(partial, state, checkpoint_bytes(model))
+        if is_best:  # before the state says so
+            with writing(run):
+                (run / "best").mkdir(exist_ok=True)
+                for name in ("config.json", *weights):  # config: both folders are equally deep
+                    link(folder / name, run / "best" / name)
+            write_state(folder, state, checkpoint_bytes(model))
+        with writing(run):
+            for name in ("train_state.pt", SUMS, *weights):
+                link(folder / name, run / name)
+            model.write_config(run, train=asdict(cfg), step=step)
+            for old in checkpoints(run)[: -cfg.keep]:
+                shutil.rmtree(old)
+
+
+def write_state(folder: Path, state: dict, needs: int) -> None:
+    """train_state.pt, verified."""
+    with whole(folder / "train_state.pt", needs) as partial:
+        torch.save(state, partial)
+        expect(not broken_state(partial), f"{folder}: the disk has not kept what was written: check it")
+
+
+def broken_state(path: Path) -> str | None:
+    """Name of the first entry that differs from its checksum, which torch.load does not check."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
+
+
+def verify_weights(folder: Path, model) -> None:
+    """Compare the weights in a folder with those of the model."""
+    written, kept = load_file(folder / "model.safetensors"), model.trained_state()
+    same = written.keys() == kept.keys() and all(torch.equal(written[name], kept[name].cpu()) for name in kept)
+    expect(same, f"{folder}: the disk has not kept what was written: check it")
+
+
+def check_finite(model, optimizer, step: int) -> None:
+    """Refuse to save weights or moments that are not finite."""
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"{moment} of {name}": moments[moment] for moment in MOMENTS if moment in moments}
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()  # one wait for the device
+    bad = [name for name, fine in zip(tensors, finite) if not fine]
+    how = "nothing was saved: start again, or --resume from the last checkpoint, with a lower --lr or --precision fp32"
+    expect(not bad, f"{len(bad)} of {len(tensors)} tensors are not finite after step {step}, {bad[:1]}; {how}")
+
+
+def checkpoint_bytes(model) -> int:
+    """Size of a checkpoint: weights, and two moments of what is trained."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return sum(tensor.nbytes for tensor in model.trained_state().values()) + 2 * trained
+
+
+def tell_room(run: Path, model, keep: int) -> None:
+    """Print what a checkpoint takes, and refuse to begin if the kept ones, the best and the next will not fit."""
+    size = checkpoint_bytes(model)
+    print0(f"a checkpoint takes {megabytes(size)}; {megabytes(free_bytes(run))} are free for {run}")
+    more = max(1, keep + 2 - len(checkpoints(run)))  # the kept ones, the best, and the one that is being written
+    check_room(run, more * size, f"a run that keeps {keep} checkpoints and the best one")
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     steps = {int(folder.name[5:]): folder for folder in run.glob("step-*") if folder.name[5:].isdigit()}
     return [steps[step] for step in sorted(steps)]
+
+
+def clear(run: Path, overwrite: bool) -> None:
+    """Remove what a killed command has left half written, or the old run, but not the lock."""
+    with writing(run):
+        for path in list(run.iterdir() if overwrite and checkpoints(run) else run.glob(".*.partial")):
+            if path.name != ".lock":
+                remove(path)
 
 
 def link(source: Path, target: Path) -> None:
@@ -61,54 +130,75 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copy2(source, temporary)
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # it stays if both are one file already
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
 
 
 def read_state(folder: Path) -> dict:
-    """train_state.pt of a checkpoint."""
+    """train_state.pt of a checkpoint, whose files are compared with their checksums. UserError if it is damaged."""
     try:
-        return torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True)
+        sums = read_text(folder / SUMS) if (folder / SUMS).exists() else ""  # older runs have none
+        for known, name in (line.split("  ", 1) for line in sums.splitlines()):
+            expect(sha256([folder / Path(name).name]) == known, f"{name} is not what was written")
+        expect(not broken_state(folder / "train_state.pt"), "train_state.pt is not what was written")
+        state = torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True)
+        wrong = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
+        expect(not wrong, f"train_state.pt has no {', '.join(wrong)}")
+        expect(folder.name == f"step-{state['step']:06d}", f"train_state.pt is of step {state['step']}")
+        return state
     except Exception as error:  # missing, cut, or no pickle at all
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        how = "remove that folder, to continue from the checkpoint before it if there is one (--keep)"
-        raise UserError(f"--resume: the state in {folder} cannot be read ({why}): {how}") from None
+        raise damaged(folder, error) from None
 
 
-def restore(folder: Path, state: dict, model, optimizer, scaler, data_sha256: str) -> tuple[float, float]:
-    """Restore weights, optimizer, scaler and random numbers of a checkpoint -> best score, seconds trained so far."""
-    config = read_json(folder / "config.json")
+def damaged(folder: Path, error: Exception) -> UserError:
+    """The error that names a damaged checkpoint, and the one before it."""
+    why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    older = [other for other in checkpoints(folder.parent) if other.name < folder.name][-1:]
+    how = f"{older[0]} is the one before it" if older else "there is none before it (--keep 2 keeps one)"
+    return UserError(f"--resume: {folder} is damaged ({why}): remove it to continue without; {how}")
+
+
+def restore(
+    folder: Path, state: dict, model, optimizer, scaler, data: dict[str, str], data_changed: bool
+) -> tuple[float, float]:
+    """Restore weights, optimizer, scaler and random numbers of a checkpoint -> best score, seconds trained so far.
+
+    data: what the run is trained on now -> its hash; compared with those in the state unless `data_changed`.
+    """
+    config, saved = read_json(folder / "config.json"), state.get("data", {})
     how = "put the old ones back, or start another run with --out"
-    expect(state.get("data", data_sha256) == data_sha256, f"--resume: --data holds other records than before: {how}")
+    saved = saved if isinstance(saved, dict) else {"records of --data": saved}  # of older runs
+    changed = [what for what, known in saved.items() if data.get(what) != known]
+    anyway = f"{how}; --data-changed continues with the new ones"
+    expect(data_changed or not changed, f"--resume: the {' and the '.join(changed)} differ from before: {anyway}")
     for part, source in model.sources.items():
         other = f"--resume: {source.spec} has other weights than the run was trained over: {how}"
         expect(part == "bert" or config.get(f"{part}_sha256") == source.sha256, other)
     model.load_trained(folder)
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
-    rng = state["rng"][rank()]
-    torch.set_rng_state(rng["cpu"])
-    if model.device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"])
+    try:
+        own = optimizer.state_dict()  # whose groups follow from the flags
+        check_moments(state["optimizer"]["state"], [p for group in optimizer.param_groups for p in group["params"]])
+        optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        rng = state["rng"][rank()]
+        torch.set_rng_state(rng["cpu"])
+        if model.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise damaged(folder, error) from None
     return state["best"], state["trained_s"]
 
 
-class GracefulStop:
-    """Ctrl-C and SIGTERM end the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
-
-    ANSWER = b"\nstopping after this step, or after the validation that runs, with a checkpoint; again: at once\n"
-
-    def __enter__(self):
-        self.requested = False
-        self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def request(self, number, frame):
-        """The signal handler."""
-        self.requested = True
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, self.ANSWER)  # print is not safe in a signal handler
-        signal.signal(number, self.previous[number])
+def check_moments(saved: dict, parameters: list[Tensor]) -> None:
+    """Raise ValueError unless the optimizer's state fits the parameters: its kernels trust the shapes."""
+    if not saved.keys() <= set(range(len(parameters))):
+        raise ValueError("the optimizer's state is of other parameters")
+    for number, entry in saved.items():
+        moments = [entry[name] for name in MOMENTS]
+        fits = all(m.shape == parameters[number].shape and m.dtype == torch.float32 for m in moments)
+        finite = fits and all(t.isfinite().all() for t in (*moments, entry["step"])) and bool((moments[1] >= 0).all())
+        if not (finite and entry["step"].shape == ()):
+            raise ValueError(f"the optimizer's state of parameter {number} does not fit it, or is not finite")

@@ -3,25 +3,68 @@
 Letters: B rows of this rank, N rows of all ranks.
 """
 
+import ctypes
 import os
+import signal
+import sys
+from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.stop import request
 
-def start_processes() -> None:
-    """Join the process group if torchrun started several processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+TIMEOUT = 10.0  # minutes that a rank waits for the others
+LAUNCHER = os.getppid()  # torchrun, if it has started this process
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by `torchrun --max-restarts`, so far
+
+
+def started() -> tuple[int, int]:
+    """Rank and number of processes as torchrun started them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(timeout: float = TIMEOUT) -> None:
+    """Join the process group if torchrun started several processes. timeout: minutes that a rank waits in a collective
+    for the others; then it fails, and torchrun ends all."""
+    number, size = started()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks stop too
+    if size > 1 and not dist.is_initialized():
         # NCCL for tensors on GPUs, gloo for the few numbers that stay on the host.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        group = dict(store=store(), rank=number, world_size=size)
+        dist.init_process_group(kind, timeout=timedelta(minutes=timeout), **group)
+
+
+@cache
+def store() -> dist.Store:
+    """What the ranks of this start tell each other outside of collectives. Each restart has a prefix of its own, else
+    it would read the addresses of those that have died (PyTorch's issue 135712)."""
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    server = dist.TCPStore(*where, is_master=not hosted and started()[0] == 0)
+    return dist.PrefixStore(f"start {RESTARTS}", server)
+
+
+def first_to_fail() -> bool:
+    """Is this the first rank that asks? The failures of the others follow from its."""
+    if started()[1] == 1:
+        return True
+    try:
+        return store().add("failed", 1) == 1
+    except RuntimeError:  # the store has ended with the process that hosts it
+        return started()[0] == 0
 
 
 def leave_processes() -> None:
     """Leave the process group, if any: threads of gloo that outlive the interpreter may abort the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        store.cache_clear()
 
 
 def rank() -> int:
@@ -35,9 +78,14 @@ def world_size() -> int:
 
 
 def print0(*lines: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0. If nobody reads it any more, as after `| head` or on a lost terminal, that is a request to
+    stop."""
     if rank() == 0:
-        print(*lines, sep="\n", flush=True)
+        try:
+            print(*lines, sep="\n", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            request(13)  # SIGPIPE
 
 
 class _AllGather(torch.autograd.Function):
@@ -66,8 +114,7 @@ def all_gather(x: Tensor) -> Tensor:
 def all_gather_padded(*tensors: Tensor) -> list[Tensor]:
     """`all_gather` of tensors (B, T) whose T differs between ranks: zero-padded to the longest T."""
     if world_size() > 1:
-        longest = torch.tensor(tensors[0].shape[1])  # on the CPU, so that the host does not wait for the device
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        longest = all_max(torch.tensor(tensors[0].shape[1]))  # on the CPU: the host does not wait for the device
         tensors = tuple(F.pad(x, (0, int(longest) - x.shape[1])) for x in tensors)
     return [all_gather(x) for x in tensors]
 
@@ -77,6 +124,14 @@ def all_sum(x: Tensor) -> Tensor:
     if world_size() > 1:
         x = x.clone()
         dist.all_reduce(x)
+    return x
+
+
+def all_max(x: Tensor) -> Tensor:
+    """The maximum of x over the ranks, without gradient; x itself without a process group."""
+    if world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
 
 

@@ -1,15 +1,17 @@
-"""User errors as sentences: command lines, and the text files that users write."""
+"""User errors as sentences, and command lines."""
 
 import argparse
 import difflib
-import json
+import os
 import re
+import signal
+import subprocess
 import sys
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
+import traceback
+from contextlib import suppress
 
-from engine.distributed import leave_processes, rank
+from engine.distributed import LAUNCHER, RESTARTS, first_to_fail, leave_processes, rank, world_size
+from engine.stop import REQUESTS, Stopped, be_patient, end_children, signals, state
 
 
 class UserError(Exception):
@@ -23,24 +25,91 @@ def expect(condition: object, sentence: str) -> None:
 
 
 def run_command(main) -> int:
-    """Run a command line and return its exit status: without a traceback, a UserError becomes its sentence and status
-    2, Ctrl-C the sentence of its KeyboardInterrupt, if any, and 130."""
+    """Run a command line -> its exit status: 0; 2 after a UserError, whose sentence is printed; 128 + its number after
+    a signal (see stop.py); 1 after any other error, whose traceback is printed. Of several ranks only the first that
+    fails says so."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a caption or file name that the terminal cannot show is no error
             stream.reconfigure(errors="backslashreplace")
-    clear = "\r\033[K" * sys.stderr.isatty()  # a line of `progress`
-    try:
-        main()
-    except UserError as error:
-        sentence = str(error).rpartition("UserError: ")[2].strip()  # a loader worker wraps it in its own traceback
-        print(f"{clear}error: {sentence}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        if rank() == 0:
-            print(f"{clear}{str(stop) or 'stopped'}", file=sys.stderr, flush=True)
-        return 130
-    leave_processes()
-    return 0
+    with signals():
+        status, last = 0, None
+        try:
+            main()
+        except UserError as error:
+            status, last = 2, sentence_of(error)
+        except Stopped as stop:
+            status, last = 128 + stop.args[0], f"stopped{state.advice and ': ' + state.advice}"
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 141
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        except Exception as error:
+            named = isinstance(error, OSError) and error.filename is not None  # a name that is too long, a lost disk
+            status, last = (2, sentence_of(error)) if named else (1, error)
+        be_patient()
+        if last is not None and first_to_fail():
+            with suppress(OSError):  # of a terminal that has gone
+                tell(unexpected(last) if isinstance(last, Exception) else last)
+        several = world_size() > 1
+        if status == 0:
+            leave_processes()
+        if several:
+            leave(status)
+        return status
+
+
+def leave(status: int) -> None:
+    """End a rank, whatever the others do: at the end of the interpreter gloo's threads may hang or abort it."""
+    end_children()
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def sentence_of(error: Exception) -> str:
+    """The sentence of a user's error, on one line but for lists, without words longer than a screen, with advice."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    text = text.rpartition("UserError: ")[2].strip()  # a loader worker wraps it in its own traceback
+    text = re.sub("[\x0b\x0c\r\x85\u2028\u2029]", " ", text)
+    text = re.sub(r"\S{600,}", lambda word: shorten(word[0]), text)
+    return f"error: {text}" + f" ({state.advice})" * bool(state.advice)
+
+
+def unexpected(error: Exception) -> str:
+    """The last line after an error that is no user's; of one of the program also the traceback is printed."""
+    at = f"rank {rank()}{state.place and ', ' + state.place}"
+    if world_size() > 1 and re.search("gloo|NCCL|c10d|TCPStore", str(error)):
+        reason = re.sub(r"^\[\S*\]\s*", "", str(error).splitlines()[0]).split(". ")[0][:120]
+        print(f"{at}: {reason}", file=sys.stderr, flush=True)  # torchrun may take half a minute to end the others
+        lost = "error: a process was killed, or did not answer within --timeout minutes"
+        return f"{lost}{state.advice and '; ' + state.advice}"
+    traceback.print_exception(error)
+    return f"error: {at}: {type(error).__name__}, a fault of the program: please report it with the lines above"
+
+
+# Run with torchrun's pid and a sentence: print it when torchrun has ended.
+LAST_WORDS = """
+import os, select, sys
+try:
+    select.select([os.pidfd_open(int(sys.argv[1]))], [], [], 40)
+except OSError:
+    pass
+print(sys.argv[2], file=sys.stderr)
+"""
+
+
+def tell(sentence: str) -> None:
+    """Print the last sentence of a command that failed; under torchrun after torchrun's own report, which is long."""
+    ends = RESTARTS >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if "TORCHELASTIC_RUN_ID" in os.environ and ends and os.getppid() == LAUNCHER != 1 and hasattr(os, "pidfd_open"):
+        for number in REQUESTS:  # it is to outlive what has stopped this process
+            signal.signal(number, signal.SIG_IGN)
+        words = [str(LAUNCHER), sentence.replace("\0", "")]
+        subprocess.Popen([sys.executable, "-ISc", LAST_WORDS, *words], start_new_session=True)
+    else:
+        clear = "\r\033[K" * sys.stderr.isatty()  # a line of `progress`
+        print(f"{clear}{sentence}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,75 +119,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
 
     def error(self, message):
+        """As `run_command` prints it."""
         unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
         near = [hit for word in unknown for hit in difflib.get_close_matches(word, self._option_string_actions, n=1)]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        self.exit(2, f"error: {message}{hint} ({self.prog} --help lists all flags)\n")
+        raise UserError(f"{message}{hint} ({self.prog} --help lists all flags)")
 
 
-def at_least_1(text: str) -> int:
+def shorten(value, most: int = 500) -> str:
+    """A name or a value as messages show it."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most // 2]}... ({len(text):,} letters)"
+
+
+def at_least_1(text: str, most: int = 1_000_000) -> int:
     """An argparse type."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
+    if int(text) > most:
+        raise argparse.ArgumentTypeError(f"got {text}, expected at most {most:,}")
     return int(text)
-
-
-def expect_fetched(path: str | Path) -> None:
-    """Refuse the pointer that Git leaves in the place of a large file until `git lfs pull`."""
-    if Path(path).is_file():  # a pipe can be read only once
-        with open(path, "rb") as file:
-            pointer = file.read(23) == b"version https://git-lfs"
-        expect(not pointer, f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull in its folder")
-
-
-@contextmanager
-def reading(path: Path):
-    """Report a text file that cannot be read as a UserError."""
-    try:
-        expect_fetched(path)
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}): expected an unpacked text file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): expected a text file") from None
-
-
-def read_text(path: str | Path) -> str:
-    """A UTF-8 text file, without a byte order mark."""
-    with reading(path):
-        return Path(path).read_text(encoding="utf-8-sig")
-
-
-def read_json(path: str | Path):
-    """The content of a JSON file."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        how = "write or fetch it again, or name it .jsonl if it has one record a line"
-        raise UserError(f"{path} is not valid JSON ({error}): {how}") from None
-
-
-def read_json_lines(path: str | Path):
-    """Yield the values of a JSON lines file."""
-    with reading(path), open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                if line.strip():
-                    yield json.loads(line)
-            except json.JSONDecodeError as error:
-                at = f"{path}: line {number}"
-                raise UserError(f"{at} is not JSON ({error.msg}): expected one record a line") from None
-
-
-def check_output(flag: str, path: str | Path | None) -> None:
-    """Refuse an output file that is a folder, or in whose folder no file can be written."""
-    if path is not None:
-        folder = Path(path).parent
-        expect(not Path(path).is_dir(), f"--{flag} {path} is a folder: pass the name of a file in it")
-        expect(folder.is_dir(), f"--{flag} {path}: the folder {folder} does not exist, create it first")
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"--{flag} {path} cannot be written ({error.strerror}): pass another folder") from None

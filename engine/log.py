@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.device import peak_gigabytes
-from engine.distributed import all_sum, gather_objects, print0, rank, world_size
+from engine.distributed import LAUNCHER, all_sum, gather_objects, print0, rank, world_size
 from engine.errors import expect
+from engine.files import whole, writing
 from engine.progress import clock
 from losses import ITM_PRIOR, smoothing_floor
 
+LAUNCH = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {LAUNCHER}"  # the same for all restarts by torchrun
 BROKEN_SHARE = 0.01  # above this share of unreadable images a run stops
 
 
@@ -133,21 +135,37 @@ class Log:
         self.validated: set[int] = set()  # steps, up to `start`
         if rank() > 0:
             return
-        run.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines(keepends=True) if start and self.path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # an unfinished line was cut off
-        rows = [row for row in rows if row.get("step", 0) <= start]
+        rows = [row for row in rows_of(self.path) if row.get("step", 0) <= start] if start else []
         self.validated = {row["step"] for row in rows if "validation" in row}
-        partial = self.path.with_name(".log.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, self.path)
-        self.write({"config": config, "machine": machine, "torch": torch.__version__, "from_step": start})
+        header = {"config": config, "machine": machine, "torch": torch.__version__, "from_step": start}
+        with whole(self.path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in [*rows, header | {"launch": LAUNCH}]))
 
     def write(self, *rows: dict) -> None:
         """Append."""
         if rank() == 0:
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The rows of a log; without lines that are none, as a power cut leaves them."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a last one without its end was cut off
+    rows, bad = [], 0
+    for line in filter(None, lines):
+        try:
+            row = json.loads(line)
+            rows.append(row | ({"step": int(row["step"])} if "step" in row else {}))
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            bad += 1
+    if bad:
+        print0(f"{path}: {bad} lines are no rows of a log, and are left out")
+    return rows
+
+
+def begun_here(path: Path) -> bool:
+    """Has this launch by torchrun begun the run of this log, before a restart?"""
+    return any(row.get("launch") == LAUNCH for row in rows_of(path))
 
 
 class Meter:

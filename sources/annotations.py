@@ -23,13 +23,14 @@ from PIL import Image
 from torch import Tensor
 
 from engine.distributed import print0
-from engine.errors import UserError, expect
+from engine.errors import UserError, expect, shorten
 from engine.progress import progress
 from sources import shapes
 from sources.images import decode_crop, eval_transform, image_header, open_image, train_transform
 from sources.layouts import stream_records
 from sources.text import is_string, is_text, says_left_or_right
 
+SIZED_FILES = 10_000  # image files whose sizes are compared on --resume
 Target = tuple[str, str]  # ("", caption) or (question, answer)
 
 
@@ -94,7 +95,7 @@ class AnnotationFile:
     def __init__(self, path: str | Path, split="train", images: list | None = None, questions=False, need_texts=True):
         """need_texts: refuse images without a caption. (Questions of a test set have no answers.)"""
         self.path, self.asks = Path(path), questions
-        self.folders = [Path(f) for f in images or [path if Path(path).is_dir() else Path(path).parent]]
+        self.folders = [Path(f) for f in images or [path if os.path.isdir(path) else Path(path).parent]]
         self.need_texts = need_texts and not questions
         self.num_texts, self.unanswered, self.empty = 0, 0, 0  # captions or questions; these without an answer, a word
         check_spec(self.path)
@@ -120,26 +121,18 @@ class AnnotationFile:
 
     def checked(self, records):
         """Yield every record with its captions or answers as a list; UserError with the first bad ones."""
-        text, needed = ("answer", "question") if self.asks else ("caption", "caption")
-        keys = {"image", needed} if self.asks or self.need_texts else {"image"}
-        problems = []
+        text, problems = "answer" if self.asks else "caption", []
         for number, record in enumerate(records):
-            if not (isinstance(record, dict) and keys <= record.keys() and isinstance(record["image"], str)):
-                got = sorted(record) if isinstance(record, dict) else type(record).__name__
-                problems.append(f'record {number} has {got}, expected "image" and "{needed}"')
+            if problem := record_problem(record, self.asks, self.need_texts):
+                problems.append(f"record {number} {problem}")
                 continue
             texts = record.get(text, [])
             words = texts if self.asks else list(filter(is_text, texts))
-            lacks = not is_text(record["question"]) if self.asks else self.need_texts and not words
-            wrong = [f"an empty {needed}"] if lacks else []
-            wrong += ["an answer that is no text"] if self.asks and not all(map(is_string, texts)) else []
-            if wrong:
-                problems.append(f"record {number} ({record['image']}) has {wrong[0]}: write one, or remove it")
-                continue
             self.num_texts += 1 if self.asks else len(words)
             self.unanswered += self.asks and not any(map(str.strip, texts))
             self.empty += len(texts) - len(words)
-            yield {key: value for key, value in record.items() if self.asks or key != "question"} | {text: words}
+            unread = () if self.asks else ("question", "answer")
+            yield {key: value for key, value in record.items() if key not in unread} | {text: words}
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise UserError(f"{self.path}: {'; '.join(problems[:3])}{more}")
@@ -155,6 +148,13 @@ class AnnotationFile:
         """Hash of all records: identifies the split of the data set."""
         return hashlib.sha256(self.bytes).hexdigest()
 
+    def sizes_sha256(self) -> str:
+        """Hash of the sizes of the image files, or of some evenly spread ones: identifies them at any place."""
+        chosen = range(0, len(self), -(-len(self) // SIZED_FILES))
+        names = (self[index].name for index in chosen)
+        sizes = [os.path.getsize(name) if os.path.exists(name) else None for name in names]
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """Changes when any image or their order does."""
         digest = hashlib.sha256()
@@ -164,6 +164,30 @@ class AnnotationFile:
             state = f"{path.name} {stat and stat.st_size} {stat and stat.st_mtime_ns}\n"
             digest.update(state.encode(errors="surrogatepass"))  # a file's name need not be UTF-8
         return digest.hexdigest()
+
+
+LABELS = ("image_id", "question_id", "question_type", "answer_type", "domain")  # by which records are told apart
+
+
+def record_problem(record, asks: bool, need_texts: bool = True) -> str:
+    """Why a record of captions, or a question if it `asks`, is refused; empty if it is fine."""
+    needed = "question" if asks else "caption"
+    keys = {"image", needed} if asks or need_texts else {"image"}
+    if not isinstance(record, dict) or not keys <= record.keys():
+        got = sorted(record) if isinstance(record, dict) else type(record).__name__
+        return f'has {shorten(got)}, expected "image" and "{needed}"'
+    if not isinstance(record["image"], str):
+        return f"has the image {shorten(repr(record['image']), 60)}, expected a file name"
+    name = f"({shorten(record['image'], 100)}) has"
+    if not is_text(record["question"]) if asks else need_texts and not any(map(is_text, record["caption"])):
+        return f"{name} an empty {needed}: write one, or remove it"
+    if asks and not all(map(is_string, record.get("answer", []))):
+        return f"{name} an answer that is no text: write one, or remove it"
+    for key, value in ((key, str(record[key])) for key in LABELS if record.get(key) is not None):
+        plain = type(record[key]) in (str, int, float) and value.lower() not in ("nan", "inf", "-inf", "infinity")
+        if not plain or len(value) > 1000:
+            return f"{name} {key} {shorten(value, 60)}, expected a number or a short text: write one, or remove it"
+    return ""
 
 
 def check_spec(spec: str | Path, flag: str = "data") -> None:
@@ -222,7 +246,7 @@ class ShapesSource(shapes.ShapesWorld):
         """Hash: changes with the code of the shapes world, the split and the size."""
         return hashlib.sha256(Path(shapes.__file__).read_bytes() + f" {self.split} {self.size}".encode()).hexdigest()
 
-    content_sha256 = fingerprint
+    content_sha256 = sizes_sha256 = fingerprint
 
 
 # --- mixtures --------------------------------------------------------------------------------------------------------
@@ -271,6 +295,10 @@ class Mixture:
     def content_sha256(self) -> str:
         """Changes when any text does."""
         return hashlib.sha256(" ".join(part.content_sha256() for part in self.parts).encode()).hexdigest()
+
+    def sizes_sha256(self) -> str:
+        """Changes when an image file of another size takes the place of one."""
+        return hashlib.sha256(" ".join(part.sizes_sha256() for part in self.parts).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """Changes when any image, or their order, does."""

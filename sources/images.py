@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+import warnings
 from contextlib import contextmanager, suppress
 from io import BytesIO, IOBase
 from pathlib import Path
@@ -12,11 +14,18 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from engine.errors import UserError, expect
+from engine.errors import UserError, expect, shorten
+from engine.files import expect_file
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff")
-MAX_PIXELS = 100_000_000  # a larger image is taken for a mistake or an attack
-Image.MAX_IMAGE_PIXELS = None  # `image_header` checks instead, with a message of its own
+MAX_PIXELS, MAX_BYTES = 100_000_000, 1 << 30  # a larger image is taken for a mistake or an attack
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses twice as much, also inside containers
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is said in our words
+# What images come in, and what Pillow decodes itself and fast: for EPS, say, it starts another program.
+Image.init()
+FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM PCX PSD SGI ICO ICNS TGA".split()
+FORMATS = [name for name in FORMATS if name in Image.OPEN]  # older Pillows lack some
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 UPRIGHT = {flag: Image.Transpose[turn] for flag, turn in enumerate(TURNS.split(), start=2)}  # by the camera's flag
 
@@ -36,28 +45,33 @@ def open_image(path: str | Path) -> Image.Image:
 @contextmanager
 def image_header(path: str | Path):
     """An image of which only the header has been read. Failing to read the rest inside is a UserError too."""
-    name = path if isinstance(path, (str, os.PathLike)) else "the image"
+    name, is_path = "the image", isinstance(path, (str, os.PathLike))
+    if is_path:
+        name = shorten(path)
+        expect_file(path, "an image", MAX_BYTES, "check the name, and for annotations the folder (--images)")
     try:
-        image = Image.open(path)
-        width, height = image.size
-        too_large = f"has {width} x {height} pixels, expected at most {MAX_PIXELS:,}: resize it first"
-        expect(width * height <= MAX_PIXELS, too_large)
+        image = Image.open(path, formats=FORMATS)
+        if isinstance(image, JpegImageFile):
+            image.fp.seek(0)
+            scans = image.fp.read().count(b"\xff\xda")  # each is a pass over all pixels; an image has about ten
+            expect(scans < 500, f"has {scans:,} scans, expected fewer than 500: save it again")
         yield image
     except UserError as error:
         raise UserError(f"{name} {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{name} does not exist: check the name, and for annotations the folder (--images)") from None
     except UnidentifiedImageError:
         kind = "not an image that Pillow can read: convert it to JPEG or PNG"
-        empty = name == path and not os.path.getsize(path)
+        empty = is_path and not os.path.getsize(path)
         raise UserError(f"{name} is {'empty: copy it again' if empty else kind}") from None
+    except Image.DecompressionBombError as error:
+        count = int(re.search("[0-9]+", str(error))[0])
+        raise UserError(f"{name} has {count:,} pixels, expected at most {MAX_PIXELS:,}: resize it first") from None
     except Exception as error:  # Pillow raises every kind for a file with wrong bytes in it
         raise UserError(f"{name} is broken or cut short ({error}): copy it again, or remove its record") from None
 
 
 def images_in(folder: Path) -> list[Path]:
     """The image files of a folder, sorted by name; at least one. Hidden ones are none: macOS writes ._a.jpg."""
-    found = folder.iterdir() if folder.is_dir() else []
+    found = folder.iterdir() if os.path.isdir(folder) else []
     paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not paths:
         raise UserError(f"{folder} has no images in it, expected a folder of files that end in {', '.join(SUFFIXES)}")
@@ -80,10 +94,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """A grey image of 16- or 32-bit numbers -> 8 bits. Pillow would clip them; what they are says how to scale them."""
+    """A grey image of 12- to 32-bit numbers -> 8 bits. Pillow would clip them; what they are says how to scale them."""
     values = np.asarray(image, np.float32)
     low, high = values.min(), values.max()
     tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if tags.get(ExifTags.Base.BitsPerSample) in ((12,), (16,)) and image.mode != "F":
+        tops = ((1 << tags[ExifTags.Base.BitsPerSample][0] - (tags.get(339) == (2,))) - 1,)  # signed, by SampleFormat
     top = next((top for top in tops if 0 <= low and high <= top), None)
     expect(top, f"has values from {low:g} to {high:g}, expected 0 to {' or '.join(map(str, tops))}: scale them")
     return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))

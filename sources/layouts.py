@@ -18,7 +18,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from engine.distributed import print0
-from engine.errors import UserError, expect, read_json, read_json_lines, read_text
+from engine.errors import UserError, expect, shorten
+from engine.files import read_json, read_json_lines, read_text
 from engine.progress import progress
 from sources.images import images_in
 
@@ -55,7 +56,10 @@ def coco(content, path, split, answers):
     """COCO and NoCaps captions: a list of images and a list of captions. Images of a test file have no captions."""
     captions, notes = {image["id"]: [] for image in content["images"]}, content.get("annotations", [])
     strays = [note["image_id"] for note in notes if note["image_id"] not in captions]
-    expect(not strays, f"{path}: {len(strays)} captions have an image_id of no image, {strays[:3]}: download it again")
+    expect(
+        not strays,
+        f"{path}: {len(strays)} captions have an image_id of no image, {shorten(strays[:3])}: download it again",
+    )
     for note in notes:
         captions[note["image_id"]].append((note["caption"] or "").strip())
     return [
@@ -117,7 +121,7 @@ def vqa(content, path, split, answers):
     expect(
         not unanswered and not strays,
         f"{path}: {len(unanswered)} of {len(records)} questions have no answers in the second file, and {len(strays)} "
-        f"of its {len(found)} answers no question, the first question_ids {(unanswered + strays)[:3]}: "
+        f"of its {len(found)} answers no question, the first question_ids {shorten((unanswered + strays)[:3])}: "
         "pass the questions and the annotations of the same split",
     )
     return [record | answered(found[record["question_id"]]) for record in records]
@@ -313,16 +317,18 @@ def as_published(path: Path, name: str):
     """Report a malformed entry as a UserError."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever values of other types give
         raise UserError(
-            f"{path} looks like {name}, but an entry is not as published ({type(error).__name__}: {error}): "
+            f"{path} looks like {name}, but an entry is not as published ({type(error).__name__}: {shorten(error)}): "
             "download the file again"
         ) from None
 
 
 def open_records(path: Path, split: str = "train", annotations: Path | None = None) -> tuple[str, list[dict]]:
     """(name of the layout, records) of a file or a folder, or of VQA's two files, in either order."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return folder_records(Path(path), split)
     content, answers = read_content(path), annotations and read_content(annotations)
     if has(answers, "question_id", under="questions"):

@@ -10,7 +10,8 @@ import torch
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 
-from engine.errors import UserError, expect, expect_fetched
+from engine.errors import UserError, expect, shorten
+from engine.files import MAX_CONFIG, expect_file, whole
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
 
@@ -94,7 +95,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
             + more * (folder / "spiece.model").exists()
         )
     for file in files:
-        expect_fetched(file)
+        expect_file(file, "a tokenizer", MAX_CONFIG)
     paths = [str(file) for file in files]
     try:
         if len(paths) == 2:
@@ -105,8 +106,11 @@ def open_tokenizer(folder: Path) -> Tokenizer:
             tokenizer = BertWordPieceTokenizer(*paths)._tokenizer
         else:
             tokenizer = Tokenizer.from_file(*paths)
-    except Exception as error:  # tokenizers raises nothing narrower
-        why = f"{error}; this is tokenizers {tokenizers.__version__}"
+        tokenizer.encode("a \u2603")  # fails if there is no token for unknown words
+    except BaseException as error:  # tokenizers raises nothing narrower, and its PanicException is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        why = f"{shorten(error)}; this is tokenizers {tokenizers.__version__}"
         raise UserError(f"{' or '.join(paths)} cannot be read ({why}): fetch it again, or update tokenizers") from None
     tokenizer.no_padding()  # some published files have both enabled
     tokenizer.no_truncation()
@@ -114,9 +118,9 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 class BertTokenizer:
-    """BERT's tokenizer with [DEC] appended to its vocabulary: captions to ids and back."""
+    """BERT's tokenizer with [DEC] appended to its vocabulary: captions to ids and back. words: of the weights."""
 
-    def __init__(self, folder: str | Path, max_tokens: int = 32):
+    def __init__(self, folder: str | Path, max_tokens: int = 32, words: int | None = None):
         self.tokenizer = open_tokenizer(Path(folder))
         self.tokenizer.enable_truncation(max_tokens)
         self.max_tokens = max_tokens
@@ -124,7 +128,12 @@ class BertTokenizer:
         ids = [self.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
         expect(None not in ids, f"{folder} is not BERT's tokenizer: expected the tokens [PAD], [CLS] and [SEP] in it")
         self.pad_id, self.cls_id, self.sep_id = ids
-        self.vocab_size = self.tokenizer.token_to_id("[DEC]") + 1
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+        expect(
+            words in (None, self.vocab_size),
+            f"{folder} has a tokenizer of {self.vocab_size - 1} words and weights of {(words or 0) - 1}, expected the "
+            "same: use the tokenizer that the weights were trained with",
+        )
 
     def encode(self, captions: list[str]) -> list[list[int]]:
         """Cleaned and tokenized: [CLS] ... [SEP], at most `max_tokens`."""
@@ -136,7 +145,8 @@ class BertTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, from which `BertTokenizer` opens again."""
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        with whole(folder / "tokenizer.json") as partial:
+            self.tokenizer.save(str(partial))
 
 
 class LLMTokenizer:
@@ -149,7 +159,7 @@ class LLMTokenizer:
     def __init__(self, folder: str | Path, prompt_format, max_tokens: int = 32):
         self.folder, self.format, self.max_tokens = Path(folder), prompt_format, max_tokens
         self.tokenizer = open_tokenizer(self.folder)
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=0) + 1
         self.start = [self.token(prompt_format.prompt_start)] if prompt_format.prompt_start else []
         self.end = [self.token(prompt_format.prompt_end)] if prompt_format.prompt_end else []
         self.end_id, self.pad_id = self.token(prompt_format.text_end), self.token(prompt_format.padding)
@@ -189,7 +199,8 @@ class LLMTokenizer:
 
     def question_prompt(self, template: str, question: str) -> str:
         """The question in the template; one that is too long loses its last words, not the template's."""
-        prompt = fill_template(template, " ".join(question.split()))
+        question = " ".join(question.split()[: self.max_tokens])  # a word has at least one token
+        prompt = fill_template(template, question)
         while len(question.split()) > 1 and len(self.encode_prompts([prompt])[0]) > self.max_tokens:
             question = " ".join(question.split()[:-1])
             prompt = fill_template(template, question)

@@ -7,6 +7,7 @@ number of processes. Letters: see the glossary of qformer.py.
 import json
 import re
 import time
+import zlib
 from functools import cached_property, wraps
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from blip2 import Blip2, EncodedImages, chunked
 from data import ImageFiles, image_loader
 from engine.distributed import all_gather, barrier, gather_objects, print0, rank, world_size
 from engine.errors import UserError
+from engine.files import writing
 from engine.progress import progress
 from sources.annotations import Mixture, ShapesSource
 
@@ -105,15 +107,18 @@ def gather_shards(x: Tensor, count: int, together: int = IMAGES) -> Tensor:
 
 class PartialResults:
     """The finished batches of an interrupted evaluation, in `folder`; without a folder nothing is kept. Each rank
-    writes the results of its batches as they come, and reads those of all."""
+    writes the results of its batches as they come, and reads those of all. A line is a checksum and an object; one that
+    is damaged does not count, and its batch is computed again."""
 
     def __init__(self, folder: Path | None):
         self.done, self.file = {}, None
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            for line in [line for file in folder.glob("*.jsonl") for line in file.open()]:
-                if line.endswith("\n"):  # else it was cut off
-                    self.done |= json.loads(line)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            for line in [line for file in folder.glob("*.jsonl") for line in file.read_bytes().split(b"\n")]:
+                digest, _, kept = line.partition(b" ")
+                if kept and digest == b"%08x" % zlib.crc32(kept):
+                    self.done |= json.loads(kept)
             self.file = folder / f"{rank()}-{time.time_ns()}.jsonl"  # a new one: the last line of an old may be cut
         if self.done:
             print0(f"continuing with {folder}: {len(self.done):,} batches are done")
@@ -123,8 +128,9 @@ class PartialResults:
         """Keep the JSON-serializable result of a batch."""
         self.done[name] = result
         if self.file:
-            with open(self.file, "a") as file:
-                file.write(json.dumps({name: result}) + "\n")
+            kept = json.dumps({name: result})
+            with writing(self.file), open(self.file, "a") as file:
+                file.write(f"{zlib.crc32(kept.encode()):08x} {kept}\n")
 
 
 def map_batches(partial: PartialResults | None, name: str, count: int, work, together: int = IMAGES) -> list:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from blip2 import Blip2, chunked
 from data import ImageFiles, image_loader
 from engine.distributed import barrier, gather_objects, print0, rank
-from engine.errors import expect, read_json
+from engine.errors import UserError, expect, shorten
+from engine.files import check_room, free_bytes, megabytes, read_json, remove, whole, write_json, writing
+from engine.lock import abandoned, locked
 from engine.progress import clock, progress
 from sources.annotations import Mixture
 from tasks.batches import IMAGES, TEXTS, encoded_batches, gather_shards, shard
@@ -28,8 +30,16 @@ class CachedTokens:
     """
 
     def __init__(self, path: Path, slots: np.ndarray):
-        self.file, self.slots = np.load(path, mmap_mode="r"), slots  # (images, P, V), (rows,)
-        self.broken = {int(slot): reason for slot, reason in read_json(path.with_suffix(".json")).items()}
+        self.slots = slots  # (rows,)
+        try:
+            self.file = np.load(path, mmap_mode="r")  # (images, P, V)
+            kind, shape = self.file.dtype, self.file.shape
+            fits = kind == np.float16 and len(shape) == 3 and shape[0] == slots.max() + 1
+            expect(fits, f"{kind} {shape}, expected float16 of {slots.max() + 1} images")
+            self.broken = {int(slot): str(reason) for slot, reason in read_json(path.with_suffix(".json")).items()}
+        except Exception as error:  # numpy raises every kind for what it cannot read
+            again = f"remove it and {path.with_suffix('.json').name}: they are then computed again"
+            raise UserError(f"{path} is no whole feature cache ({shorten(error)}): {again}") from None
 
     def tokens(self, rows: np.ndarray) -> Tensor:
         """ViT tokens (n, P, V) of rows of the sources. Raises UserError for an unreadable image."""
@@ -52,11 +62,17 @@ def cache_tokens(model: Blip2, images: Mixture, folder: Path, workers: int) -> C
     first = np.unique(slots, return_index=True)[1]  # first row of each image
     key = ((vit, repr(model.vit.cfg), str(model.vit.dtype)), model.image_size, whole.fingerprint(), len(first))
     path = folder / f"{hashlib.sha256(repr(key).encode() + slots.tobytes()).hexdigest()[:16]}.npy"
-    exists, writer = gather_objects((path.exists(), os.getpid()))[0]  # another run may be writing the same file
-    if not exists:
-        partial = folder / f".{path.stem}.{writer}.partial.npy"
-        compute_tokens(model, whole, first, slots, path, partial, workers)
-    return CachedTokens(path, slots)
+    if not gather_objects(path.exists())[0]:
+        compute_tokens(model, whole, first, slots, path, workers)
+    cached, wanted = CachedTokens(path, slots), token_shape(model)
+    got = f"{path} has tokens of shape {cached.file.shape[1:]}, expected {wanted}"
+    expect(cached.file.shape[1:] == wanted, f"{got}: remove it, they are then computed again")
+    return cached
+
+
+def token_shape(model: Blip2) -> tuple[int, int]:
+    """(P, V) of an image."""
+    return 1 + (model.image_size // model.vit.cfg.patch_size) ** 2, model.vit.cfg.width
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -68,17 +84,50 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def compute_tokens(
-    model: Blip2, images: Mixture, first: np.ndarray, slots: np.ndarray, path: Path, partial: Path, workers: int
+    model: Blip2, images: Mixture, first: np.ndarray, slots: np.ndarray, path: Path, workers: int
 ) -> None:
-    """Write the tokens of the rows `first` into `partial`, then rename it to `path`."""
-    shape = (len(first), 1 + (model.image_size // model.vit.cfg.patch_size) ** 2, model.vit.cfg.width)
-    print0(f"caching the ViT's tokens of {len(first):,} images in {path}, {2 * math.prod(shape) / 1e9:.1f} GB")
-    started = time.time()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the tokens of the rows `first` into a file beside `path`, in the end rename it to `path`."""
+    shape = (len(first), *token_shape(model))
+    started, needs = time.time(), 2 * math.prod(shape)
+    room = f"{megabytes(needs)} of {megabytes(free_bytes(path))} that are free"
+    print0(f"caching the ViT's tokens of {len(first):,} images in {path}: {room}")
     if rank() == 0:
-        np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
+        with writing(path, needs):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder for each writer, as another run may be computing the same; its lock tells when the writer has died.
+    folder = path.with_name(f".{path.stem}.{gather_objects(os.getpid())[0]}.partial")
+    if rank() == 0:
+        for other in filter(abandoned, path.parent.glob(".*.partial")):
+            remove(other)
+    with locked(folder):
+        partial = folder / path.name
+        try:
+            if rank() == 0:
+                with writing(path, needs):
+                    np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
+                    reserve(partial)
+            barrier()
+            fill_tokens(model, images, first, slots, partial, workers)
+            if rank() == 0:
+                os.replace(partial.with_suffix(".json"), path.with_suffix(".json"))
+                os.replace(partial, path)
+        finally:
+            if rank() == 0:
+                remove(folder)
     barrier()
-    tokens, broken = np.lib.format.open_memmap(partial, "r+"), {}
+    print0(f"cached in {clock(time.time() - started)}")
+
+
+def reserve(path: Path) -> None:
+    """Take the room of a file that has been made but not written: a disk that is full later would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+
+
+def fill_tokens(model: Blip2, images: Mixture, first: np.ndarray, slots: np.ndarray, path: Path, workers: int) -> None:
+    """Write the tokens of the rows `first` into the file, and beside it why images are unreadable."""
+    tokens, broken = np.lib.format.open_memmap(path, "r+"), {}
     mine = first[shard(len(first))].tolist()
     loader = image_loader(images, model.image_size, list(chunked(mine, IMAGES)), workers)
     for done, unreadable, pixels in progress(loader, "caching the ViT's tokens"):
@@ -88,10 +137,7 @@ def compute_tokens(
     tokens.flush()
     broken = {slot: reason for part in gather_objects(broken) for slot, reason in part.items()}
     if rank() == 0:
-        path.with_suffix(".json").write_text(json.dumps(broken))
-        os.replace(partial, path)
-    barrier()
-    print0(f"cached in {clock(time.time() - started)}")
+        write_json(path.with_suffix(".json"), broken)
 
 
 def write_features(model: Blip2, paths: list[Path], texts: list[str], out: str, workers: int) -> None:
@@ -102,10 +148,11 @@ def write_features(model: Blip2, paths: list[Path], texts: list[str], out: str, 
     """
     contrastive = model.tokenizer is not None and model.llm is None  # else the projections are untrained by now
     expect(contrastive or not texts, "--texts have features in a run of stage 1 or retrieval: pass one as --checkpoint")
+    Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
+    check_room(Path(out).parent, 4 * (len(paths) * Q * (D + E) + len(texts) * E), f"--out {out}")
     batches = list(chunked(list(range(len(paths)))[shard(len(paths))], IMAGES))
     encoded = encoded_batches(model, ImageFiles(paths), batches, workers)
     parts = [(images.query_out.cpu(), images.feats.cpu()) for images in progress(encoded, "images", len(batches))]
-    Q, D, E = model.qformer.cfg.num_queries, model.qformer.cfg.width, model.embed_dim
     nothing = (torch.empty(0, Q, D), torch.empty(0, Q, E))  # a rank without a share
     found = {
         name: gather_shards(torch.cat(mine).to(model.device), len(paths)).cpu()
@@ -118,6 +165,6 @@ def write_features(model: Blip2, paths: list[Path], texts: list[str], out: str, 
         found["text_features"] = torch.cat([model.encode_text(batch).feats.cpu() for batch in batches])
     names = {"images": json.dumps([path.name for path in paths]), "texts": json.dumps(texts)}
     if rank() == 0:
-        save_file(found, out, metadata=names)
-        os.chmod(out, 0o644)  # safetensors makes files that only their owner can read
+        with whole(out) as partial:
+            save_file(found, partial, metadata=names)
     print0(*(f"{name} {tuple(tensor.shape)}" for name, tensor in found.items()), f"written to {out}")

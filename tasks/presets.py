@@ -6,18 +6,17 @@ lower-cased for zero-shot, as there.
 """
 
 import hashlib
-import json
-import os
 from pathlib import Path
 
 from blip2 import ANSWERS, Blip2
 from engine.device import PRECISIONS
+from engine.files import sha256, write_json
 from sources.annotations import Mixture
 from tasks.captions import CAPTION_DECODING, caption_table, captioning
 from tasks.retrieval import retrieval, retrieval_table
 from tasks.shapes_qa import shapes_captioning_table, shapes_vqa_table
 from tasks.vqa import vqa, vqa_table
-from weights.load import sha256, weight_files
+from weights.load import weight_files
 
 COCO = CAPTION_DECODING | dict(min_new_tokens=8)
 CAPTIONS = dict(task="captions", split="test", image_size=None, prompt=None)
@@ -72,15 +71,8 @@ def write_result(path: Path, result: dict) -> None:
     write_json(path, {key: value for key, value in result.items() if key not in ("seconds", "predictions")}, indent=2)
 
 
-def write_json(path: Path, content, indent: int | None = None) -> None:
-    """Write a JSON file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=indent) + "\n")
-    os.replace(partial, path)
-
-
 def partial_folder(out: str, identity: dict | None = None) -> Path:
     """Where an evaluation that writes to `out` keeps its finished batches: a folder for all weights, presets and
     data."""
-    folder = Path(out).with_name(f".{Path(out).name}.partial")
+    folder = Path(out).with_name(f".{Path(out).name}.batches")
     return folder if identity is None else folder / hashlib.sha256(repr(identity).encode()).hexdigest()[:16]

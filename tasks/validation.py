@@ -5,7 +5,8 @@ from pathlib import Path
 from blip2 import Blip2
 from data import sample_rng
 from engine.distributed import barrier, print0, rank
-from engine.errors import read_json_lines
+from engine.log import rows_of
+from engine.stop import at_once
 from sources.annotations import Mixture, ShapesSource, open_images
 from tasks.batches import encoded_batches
 from tasks.captions import captioning
@@ -58,7 +59,8 @@ def control(result: dict) -> str:
 
 def validate(model: Blip2, val: Mixture, cfg, objectives, workers: int, step: int, best: float, save, log) -> float:
     """A validation -> the best score so far; the model that has it is saved in best/."""
-    result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
+    with at_once():  # a stop; the validation is made up for by --resume
+        result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
     name, score = headline(result)
     print0(validation_lines(model, val, result, step, score > best))
     if score > best:
@@ -72,7 +74,7 @@ def validate(model: Blip2, val: Mixture, cfg, objectives, workers: int, step: in
 def warn_of_overfitting(path: Path, key: str, cfg) -> None:
     """Say at the third validation in a row that is not the best, the sixth, ... what helps. path: of log.jsonl, which
     a resumed run continues."""
-    scores = {row["step"]: row[key] for row in read_json_lines(path) if key in row}
+    scores = {row["step"]: row[key] for row in rows_of(path) if key in row}
     best = max(scores, key=scores.get)
     worse = sum(step > best for step in scores)
     if worse and worse % 3 == 0:
@@ -124,7 +126,8 @@ def final_evaluation(model: Blip2, val: Mixture | None, cfg, objectives, workers
     if weights != run:
         model.load_trained(weights)
     print0(f"evaluating on {len(val):,} images")
-    result = evaluate(model, val, cfg.stage, objectives, workers, quick=bool(cfg.val_photos))
+    with at_once():
+        result = evaluate(model, val, cfg.stage, objectives, workers, quick=bool(cfg.val_photos))
     name, table = REPORTS[result["task"]]
     if rank() == 0:
         files = cfg.data if cfg.data == ["shapes"] or cfg.val_photos else [cfg.val_data]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -32,6 +33,13 @@ def pytest_configure(config):
     """A GPU is for `pytest -m cuda`; all other tests run on the CPU, and compare ranks that would need a GPU each."""
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_are_heard():
+    """Also where the tests run in the background, or under nohup."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +227,7 @@ def _work(pipe) -> None:
             distributed.start_processes()
             function(rank, *args)
             distributed.barrier()
-            torch.distributed.destroy_process_group()
+            distributed.leave_processes()
             pipe.send(None)
         except BaseException:
             pipe.send(traceback.format_exc())

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, copy_of
 import config
 import train
 from blip2 import Blip2
-from config import FLAGS, STAGES, TrainConfig, check, complete, parse_flags, resume, saved_config
+from config import FLAGS, STAGES, TrainConfig, check, complete, continues, parse_flags, resume, saved_config
 from data import StepSampler, TrainSet, collate_captions
 from engine.errors import UserError, run_command
 from qformer import QFormer, QFormerConfig
@@ -33,7 +33,7 @@ def config_of_a_run(folder, image_width: int = 96, **more) -> str:
     qformer = {"image_width": image_width, "dropout": 0.1, "num_queries": 32, "cross_every": 2}
     run = {"model": "blip2", "vit": "eva-g", "bert": "bert", "image_size": 224, "embed_dim": 256, "qformer": qformer}
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(run | {"max_text_tokens": 32} | more))
+    (folder / "config.json").write_text(json.dumps(run | {"max_text_tokens": 32, "ln_vision_eps": 1e-5} | more))
     return str(folder)
 
 
@@ -287,7 +287,7 @@ WRONG = {
     "--clip 0": "got --clip 0.0, expected above 0",
     "--beta2 1": "got --beta2 1.0, expected 0 or more, and below 1",
     "--seed -1": "got --seed -1, expected 0 or more",
-    "--image-size 0": "got --image-size 0, expected at least 1",
+    "--image-size 0": "got --image-size 0, expected 1 to 4096",
     "--cross-every 0": "got --cross-every 0, expected at least 1",
     "--precision int8": "got --precision int8, expected auto, fp32, bf16 or fp16",
     "--device tpu": "got --device tpu, expected auto, cuda, mps or cpu",
@@ -320,6 +320,14 @@ WRONG = {
     "--stage vqa --init VQA --no-condition": "--init VQA was fine-tuned with the question in the Q-Former",
     "--stage vqa --init S2 --template hello": "got --template hello, expected {} in it, where the question goes",
     "--stage vqa --init S2 --vit-lr-decay 2": "got --vit-lr-decay 2.0, expected above 0 and at most 1",
+    "--epochs inf": "got --epochs inf, expected a number",
+    "--lr inf": "got --lr inf, expected a number",
+    "--lr nan": "got --lr nan, expected a number",
+    f"--seed {10**40}": f"got --seed {10**40}, expected 0 or more, and below 2^63",
+    "--image-size 100000": "got --image-size 100000, expected 1 to 4096",
+    "--queries 1000000000": "got --queries 1000000000, expected 1 to 4096",
+    "--embed-dim 1000000000": "got --embed-dim 1000000000, expected 1 to 65536",
+    "--workers 100000": "got --workers 100000, expected -1 to 256",
     "--stage vqa --init S2 --epochs -1": "got --epochs -1.0, expected above 0",
     "--stage vqa --init S2 --val-data nowhere.json": "--val-data nowhere.json does not exist",
     "--stage vqa --init S2 --data FILE --data shapes": "got --data shapes beside other questions, expected one kind",
@@ -444,11 +452,13 @@ def test_flags_that_would_make_another_run_are_refused_on_resume(stage1_run):
 
 
 def test_what_cannot_be_resumed_gets_a_sentence(stage1_run, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="has no checkpoint yet: leave --resume out to start it"):
-        resumed(tmp_path)
+    with pytest.raises(UserError, match="has no checkpoint yet: leave --resume out to start it, or pass --resume auto"):
+        continues(tmp_path, parse_flags(["--resume"], "")[0])
+    assert not continues(tmp_path, parse_flags(["--resume", "auto"], "")[0])
+    assert continues(stage1_run, parse_flags(["--resume", "auto"], "")[0])
     broken = copy_of(stage1_run, tmp_path)
     (broken / "step-000004/train_state.pt").write_bytes(b"PK")
-    with pytest.raises(UserError, match="step-000004 cannot be read .*: remove that folder, to continue from"):
+    with pytest.raises(UserError, match="step-000004 is damaged .*: remove it to continue without; there is none bef"):
         resumed(broken)
     monkeypatch.setattr(config, "world_size", lambda: 2)
     with pytest.raises(UserError, match="was trained by 1 processes, here are 2: start it with torchrun --nproc_per_n"):

@@ -2,7 +2,10 @@
 written. (Of flags: test_config; of weights: test_weights_in.)"""
 
 import io
+import os
 import runpy
+import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -17,9 +20,13 @@ import eval as evaluation
 import train
 from data import train_loader
 from engine import log
-from engine.errors import UserError, read_json, run_command
+from engine.errors import UserError, run_command
+from engine.files import read_json
+from engine.stop import Stopped
 from sources.annotations import AnnotationFile, open_images
 from sources.images import images_in, open_image
+from tasks.batches import PartialResults
+from tasks.features import CachedTokens
 from tools import data as data_command
 
 
@@ -47,10 +54,11 @@ def test_a_users_error_is_printed_without_a_traceback_and_any_other_is_not_hidde
 
     assert run_command(lambda: None) == 0 and run_command(lambda: fail(UserError("got 3, expected 4"))) == 2
     assert capsys.readouterr().err == "error: got 3, expected 4\n"
-    with pytest.raises(RuntimeError, match="a bug"):
-        run_command(lambda: fail(RuntimeError("a bug")))
-    for stop, line in ((KeyboardInterrupt(), "stopped\n"), (KeyboardInterrupt("so goes on"), "so goes on\n")):
-        assert run_command(lambda stop=stop: fail(stop)) == 130 and capsys.readouterr().err == line
+    assert run_command(lambda: fail(RuntimeError("a bug"))) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "RuntimeError: a bug\n" in said
+    assert said.endswith("error: rank 0: RuntimeError, a fault of the program: please report it with the lines above\n")
+    assert run_command(lambda: fail(Stopped(15))) == 143 and capsys.readouterr().err == "stopped\n"
 
 
 def test_what_a_terminal_cannot_show_is_printed_in_ascii(monkeypatch):
@@ -81,6 +89,10 @@ FILES = [  # name, content, what the sentence says after the name
     ("a.json", '[{"image": "a.jpg"}]', ': record 0 has [\'image\'], expected "image" and "caption"'),
     ("a.json", "[", " is not valid JSON ("),
     ("a.jsonl", '{"image": "a.jpg", "caption": "a"}\n{"image"\n', ": line 2 is not JSON ("),
+    ("a.json", "[" * 100_000, " is not valid JSON (too many brackets"),
+    ("a.json", "[" * 800 + "]" * 800, " is not valid JSON (too many brackets"),
+    ("a.jsonl", '{"a":' * 100_000, ": line 1 is not JSON (too many brackets"),
+    ("a.json", "9" * 5000, " is not valid JSON (a number of too many digits)"),
     ("a.txt", "a.jpg a dog", " is text that starts with 'a.jpg a dog', expected a header with image and caption"),
 ]
 
@@ -224,8 +236,6 @@ def test_an_image_of_a_wrong_name_or_kind(tmp_path):
         open_image(write(tmp_path, "a.jpg", "text"))
     with pytest.raises(UserError, match="a.jpg is empty: copy it again"):
         open_image(write(tmp_path, "a.jpg", ""))
-    with pytest.raises(UserError, match="is broken or cut short .*: copy it again"):
-        open_image(tmp_path / ("a" * 300))
     for value, said in ((-1, "-1 to -1"), (70_000, "70000 to 70000"), (np.nan, "nan to nan")):
         Image.new("F", (4, 4), value).save(tmp_path / "a.tif")
         with pytest.raises(
@@ -244,12 +254,71 @@ def test_whatever_pillow_raises_is_a_broken_image(tmp_path, monkeypatch):
         AnnotationFile(write_annotations(tmp_path))[0].open()
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    Image.new("1", (10_001, 10_000)).save(tmp_path / "bomb.png")
+@pytest.mark.parametrize("kind", ["png", "ico", "icns"])
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, kind):
+    """Also within an icon, which Pillow decodes when it opens it."""
+    bomb = tmp_path / f"bomb.{kind}"
+    Image.new("1", (10_001, 10_000)).save(bomb, "PNG")
+    png = bomb.read_bytes()
+    if kind == "ico":
+        bomb.write_bytes(struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(png), 22) + png)
+    if kind == "icns":
+        bomb.write_bytes(struct.pack(">4sI4sI", b"icns", 16 + len(png), b"ic10", 8 + len(png)) + png)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was unpacked"))
-    expected = "bomb.png has 10001 x 10000 pixels, expected at most 100,000,000: resize it first"
-    with pytest.raises(UserError, match=expected):
-        open_image(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match=f"bomb.{kind} has 100,010,000 pixels, expected at most 100,000,000: resize it"):
+        open_image(bomb)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("fifo", "is a pipe or a device, expected an image"),
+        ("folder", "is a folder, expected an image"),
+        ("a" * 300, "cannot be read .File name too long.: expected an image"),
+        ("a" * 5000, "a{100}... .5,.* letters. cannot be read .File name too long."),
+        ("a\0", "cannot be read .embedded null byte."),
+        ("\ud83d", "cannot be read .'utf-8' codec can't encode"),
+    ],
+)
+def test_what_is_no_file_is_no_image_nor_text(tmp_path, name, said):
+    """It neither hangs, nor ends in a traceback; annotations may name any."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=said):
+        AnnotationFile(write(tmp_path, "a.json", [{"image": name, "caption": "a dog"}]))[0].open()
+    with pytest.raises(UserError, match=said.replace("an image", "a text file")):
+        read_json(tmp_path / name)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path):
+    """A few bytes each, every one costs a pass over all pixels: hours for a file of some megabytes."""
+    Image.new("L", (64, 64)).save(tmp_path / "a.jpg", progressive=True)
+    assert open_image(tmp_path / "a.jpg").size == (64, 64)
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[:-2] + content[content.rindex(b"\xff\xda") : -2] * 1000 + content[-2:])
+    with pytest.raises(UserError, match="a.jpg has 1,0.. scans, expected fewer than 500: save it again"):
+        open_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("kind, top", [("<i2", 32767), (">u2", 65535), ("<i4", 255), ("<i4", 65535), ("<f4", 1)])
+def test_a_grey_image_of_any_numbers_is_scaled(tmp_path, kind, top):
+    """Half of the most is grey, of signed numbers too; written as TIFF by its definition."""
+    data = np.array([[0, top / 2, top]]).astype(kind).tobytes()
+    bits, sign = len(data) // 3 * 8, {"u": 1, "i": 2, "f": 3}[kind[1]]
+    values = {256: 3, 257: 1, 258: bits, 259: 1, 262: 1, 273: 122, 277: 1, 279: len(data), 339: sign}
+    order = kind[0]
+    tags = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in values.items())
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(values))
+    (tmp_path / "a.tif").write_bytes(head + tags + bytes(4) + data)
+    assert np.asarray(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == pytest.approx([0, 127.5, 255], abs=1)
+
+
+def test_no_image_starts_another_program(tmp_path, monkeypatch):
+    """Pillow would hand PostScript to Ghostscript, whatever the name of the file."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    eps = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage"
+    with pytest.raises(UserError, match="x.jpg is not an image that Pillow can read"):
+        open_image(write(tmp_path, "x.jpg", eps))
 
 
 def test_unreadable_images_above_one_per_cent_stop_a_training(train_says, tmp_path):
@@ -276,9 +345,8 @@ def test_fewer_unreadable_images_are_each_named_once_and_skipped(tmp_path, monke
 def test_an_error_in_a_loader_worker_is_one_sentence_too(tmp_path, capsys):
     """A wrong --images is found by another process."""
     images = open_images([write_annotations(tmp_path, 3)], "train", 8, [str(tmp_path / "nowhere")])
-    batches = iter(train_loader(train_set(images), sampler(images, batch=2, steps=1), workers=1, pin=False))
+    batches = train_loader(train_set(images), sampler(images, batch=2, steps=1), workers=1, pin=False)
     said = complaint(lambda _: next(batches), capsys)
-    batches._shutdown_workers()  # left to the garbage collector, it takes 5 s
     assert said.startswith("none of 3 images in a row can be read; the last: ") and "(--images)" in said
 
 
@@ -307,16 +375,63 @@ def test_output_that_cannot_be_written_is_refused_first(tmp_path, capsys):
     assert said.startswith("--out nowhere/a.json: the folder nowhere does not exist")
 
 
-@pytest.mark.parametrize("record", [None, "a.jpg", {"caption": "a dog"}, {"image": ["a.jpg"], "caption": "a dog"}])
+GOOD = {"image": "0.png", "caption": "a dog"}
+LABELS = [True, [1], {"a": 1}, float("inf"), "9" * 5000]  # an image_id that is none
+BAD_RECORDS = [None, "a.jpg", 5, {"caption": "a dog"}, GOOD | {"image": ["a.jpg"]}, GOOD | {"image": None}]
+BAD_RECORDS += [GOOD | {"caption": None}, GOOD | {"domain": [[]]}, *[GOOD | {"image_id": value} for value in LABELS]]
+
+
+@pytest.mark.parametrize("record", BAD_RECORDS)
+def test_check_finds_what_a_training_refuses(tmp_path, capsys, record):
+    path = write_annotations(tmp_path, 1)
+    write(tmp_path, "a.json", [GOOD, record])
+    with pytest.raises(UserError, match=f"{path}: record 1 "):
+        AnnotationFile(path)
+    with pytest.raises(SystemExit):
+        data_command.main(["check", path, "--workers", "0"])
+    assert "problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record", BAD_RECORDS)
 def test_a_list_with_other_things_than_records_is_not_converted(tmp_path, capsys, record):
-    path = write(tmp_path, "a.json", [{"image": "0.png", "caption": None}, record])
+    path = write(tmp_path, "a.json", [{"image": "0.png", "caption": "a dog"}, record])
     said = complaint(data_command.main, capsys, "convert", path, "--out", tmp_path / "b.json")
-    assert said.startswith(f"{path}: record 1 is ") and not (tmp_path / "b.json").exists()
+    assert said.startswith(f"{path}: record 1 ") and "has " in said and not (tmp_path / "b.json").exists()
+
+
+DAMAGED = [b"", b"{}", b"[1]\n", b"\0" * 99, b"\xff\xfe\n", b"00000000\n", b'{"a 0": 5}\n', b'00000000 {"a 0": 5}\n']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_kept_results_are_computed_again(tmp_path, content):
+    kept = PartialResults(tmp_path)
+    kept.add("a 1", [0.5])
+    (tmp_path / "0-0.jsonl").write_bytes(content)
+    assert PartialResults(tmp_path).done == {"a 1": [0.5]}
+    kept.file.write_bytes(kept.file.read_bytes().replace(b"0.5", b"1e9"))
+    assert PartialResults(tmp_path).done == {}
+
+
+def test_a_damaged_feature_cache_is_named(tmp_path):
+    path, slots = tmp_path / "a.npy", np.arange(2)
+    np.save(path, np.zeros((2, 5, 3), np.float16))
+    path.with_suffix(".json").write_text('{"1": "it is broken"}')
+    with pytest.raises(UserError, match="it is broken"):
+        CachedTokens(path, slots).tokens(slots)
+    whole, said = path.read_bytes(), "a.npy is no whole feature cache .*: remove it and a.json: they are then computed"
+    damaged = [whole[:-4], b"", b"x" * 99, whole.replace(b"(2, 5, 3)", b"(3, 5, 2)"), whole.replace(b"<f2", b"<i2")]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            CachedTokens(path, slots)
+    path.write_bytes(whole)
+    for content in ("", "[]", "null", '{"a": "b"}', "[" * 100_000):
+        path.with_suffix(".json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            CachedTokens(path, slots)
 
 
 @pytest.mark.parametrize("flags", [["retrieval", "--k"], ["captions", "--beams"], ["vqa", "--max-new-tokens"]])
 def test_a_number_of_an_evaluation_is_at_least_one(flags, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        evaluation.main([*flags, "0", "--checkpoint", "nowhere"])
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: argument {flags[1]}: got 0, expected at least 1 (python ")
+    said = complaint(evaluation.main, capsys, *flags, "0", "--checkpoint", "nowhere")
+    assert said.startswith(f"argument {flags[1]}: got 0, expected at least 1 (python ")

@@ -12,17 +12,18 @@ from tools.figures import FLOORS, READ_FIRST
 # Lines of every file. Who needs a few more takes them, and changes the number.
 BUDGET = {
     "vit.py": 180, "qformer.py": 310, "losses.py": 140, "model.py": 280, "train.py": 290, "llm.py": 470,
-    "generate.py": 260, "data.py": 320, "config.py": 410, "recipes.py": 140, "blip2.py": 640, "eval.py": 290,
+    "generate.py": 260, "data.py": 350, "config.py": 460, "recipes.py": 140, "blip2.py": 640, "eval.py": 310,
     "bench.py": 530,
-    "engine/checkpoint.py": 120, "engine/cuda_graph.py": 40, "engine/device.py": 100, "engine/distributed.py": 140,
-    "engine/errors.py": 130, "engine/gradcache.py": 100, "engine/health.py": 50, "engine/kernels.py": 80,
-    "engine/log.py": 220, "engine/progress.py": 40,
-    "sources/annotations.py": 310, "sources/images.py": 180, "sources/layouts.py": 380, "sources/shapes.py": 350,
-    "sources/text.py": 200,
-    "weights/configs.py": 260, "weights/export.py": 240, "weights/load.py": 270, "weights/open.py": 290,
-    "weights/runs.py": 120, "weights/tables.py": 410,
-    "tasks/attention_maps.py": 150, "tasks/batches.py": 170, "tasks/captions.py": 90, "tasks/features.py": 130,
-    "tasks/metrics.py": 270, "tasks/presets.py": 90, "tasks/retrieval.py": 160, "tasks/shapes_qa.py": 190,
+    "engine/checkpoint.py": 210, "engine/cuda_graph.py": 40, "engine/device.py": 100, "engine/distributed.py": 190,
+    "engine/errors.py": 150, "engine/files.py": 230, "engine/gradcache.py": 100, "engine/health.py": 50,
+    "engine/kernels.py": 80, "engine/lock.py": 80, "engine/log.py": 240, "engine/progress.py": 40,
+    "engine/stop.py": 110,
+    "sources/annotations.py": 340, "sources/images.py": 200, "sources/layouts.py": 390, "sources/shapes.py": 350,
+    "sources/text.py": 220,
+    "weights/configs.py": 330, "weights/export.py": 220, "weights/load.py": 270, "weights/open.py": 330,
+    "weights/runs.py": 110, "weights/tables.py": 410,
+    "tasks/attention_maps.py": 150, "tasks/batches.py": 180, "tasks/captions.py": 90, "tasks/features.py": 170,
+    "tasks/metrics.py": 270, "tasks/presets.py": 80, "tasks/retrieval.py": 160, "tasks/shapes_qa.py": 190,
     "tasks/validation.py": 140, "tasks/vqa.py": 150,
     "tools/data.py": 150, "tools/figures.py": 250, "tools/make_tiny.py": 440, "tools/results.py": 260,
     "tools/weights.py": 110,
@@ -96,7 +97,7 @@ def test_every_file_keeps_its_budget(path):
 
 
 def test_the_whole_is_counted_too():
-    assert sum(lines_of(name_of(path)) for path in FILES) <= 11_500
+    assert sum(lines_of(name_of(path)) for path in FILES) <= 11_800
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

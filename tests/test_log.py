@@ -12,7 +12,7 @@ import torch
 
 from engine import device as engine_device
 from engine import progress as engine_progress
-from engine.checkpoint import GracefulStop
+from engine import stop
 from engine.device import choose_precision
 from engine.health import LONG, Health
 from engine.log import log_line
@@ -162,8 +162,9 @@ def test_what_has_no_length_is_counted(watched, monkeypatch):
 
 
 def test_ctrl_c_is_answered_at_once(capfd):
-    """Before the step, or the validation, has ended."""
-    with GracefulStop() as stop:
+    """Before the step has ended."""
+    with stop.signals():
+        stop.be_patient()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
-    assert "stopping after this step, or after the validation that runs, with a checkpoint" in capfd.readouterr().err
+        assert stop.state.asked == signal.SIGINT
+    assert "stopping after this step, with a checkpoint" in capfd.readouterr().err

@@ -16,9 +16,10 @@ from samples import PRECISE, TINY_RUN, batches_of, caption_file, question_file, 
 import eval as evaluation
 from blip2 import Blip2
 from engine.errors import UserError
+from engine.files import sha256
+from engine.stop import Stopped, signals, state
 from tasks.batches import PartialResults
 from tasks.presets import PRESETS, partial_folder
-from weights.load import sha256
 
 # --- presets ---------------------------------------------------------------------------------------------------------
 
@@ -84,23 +85,24 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(tmp_path, monkeypa
     def interrupted(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise Stopped(2)
         return caption(self, *args, **kwargs)
 
     with batches_of(8):  # three batches
         evaluation.main([*flags, str(tmp_path / "whole.json")])
         monkeypatch.setattr(Blip2, "caption", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="stopped: type the same command again to go on"):
+        with signals(), pytest.raises(Stopped):
             evaluation.main([*flags, str(tmp_path / "cut.json")])
-        (lines,) = (tmp_path / ".cut.json.partial").glob("*/*.jsonl")
+        assert state.advice == "type the same command again to go on"
+        (lines,) = (tmp_path / ".cut.json.batches").glob("*/*.jsonl")
         assert len(lines.read_text().splitlines()) == 1
         with open(lines, "a") as file:
             file.write('{"captions 1": ["a hal')
         calls.clear()
-        with pytest.raises(KeyboardInterrupt):  # after one more batch
+        with pytest.raises(Stopped):  # after one more batch
             evaluation.main([*flags, str(tmp_path / "cut.json")])
         evaluation.main([*flags, str(tmp_path / "cut.json")])
-    assert len(calls) == 3 and not (tmp_path / ".cut.json.partial").exists()
+    assert len(calls) == 3 and not (tmp_path / ".cut.json.batches").exists()
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 

@@ -1,11 +1,13 @@
 """Training does what it says: schedule and optimizer, where each stage starts and what it trains, accumulation, log,
 checkpoints, stops, resuming bit for bit, validation, the feature cache."""
 
+import errno
 import json
 import math
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +23,9 @@ import train
 from blip2 import Blip2
 from config import TrainConfig
 from data import collate_lm
-from engine import checkpoint
-from engine.checkpoint import GracefulStop, save_checkpoint
-from engine.errors import UserError
+from engine import checkpoint, stop
+from engine.checkpoint import save_checkpoint
+from engine.errors import UserError, run_command
 from engine.log import memory_estimate, model_summary
 from model import Blip2Model
 from recipes import RECIPES
@@ -47,7 +49,8 @@ def run_train(monkeypatch):
 
     def run(out: Path, *flags: str | Path) -> list[dict]:
         words = [word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
-        train.main([*words, "--out", str(out)])
+        with stop.signals(), suppress(stop.Stopped):
+            train.main([*words, "--out", str(out)])
         return [row for row in log_of(out) if "loss" in row]
 
     return run
@@ -371,7 +374,7 @@ def test_the_memory_estimate_counts_weights_exactly_and_grows_with_the_batch():
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
-WHOLE = {"config.json", "model.safetensors", "tokenizer.json", "train_state.pt"}
+WHOLE = {"config.json", "model.safetensors", "tokenizer.json", "train_state.pt", "SHA256SUMS"}
 
 
 def test_checkpoints_are_whole_and_only_the_last_are_kept(tmp_path, run_train, stage1_run):
@@ -389,11 +392,12 @@ def test_a_checkpoint_that_could_not_be_finished_changes_nothing(tmp_path, monke
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
     def disk_full(*_, **__):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
+    model, cfg = Blip2.from_pretrained(run), TrainConfig(lr=1.0, beta2=0.9, weight_decay=0.0, vit_lr_decay=1.0)
     monkeypatch.setattr(checkpoint.torch, "save", disk_full)
-    with pytest.raises(OSError):
-        save_checkpoint(run, 6, Blip2.from_pretrained(run), {}, TrainConfig(), is_best=True)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device, .* needed, .* free\)"):
+        save_checkpoint(run, 6, model, build_optimizer(model, cfg), {}, cfg, is_best=True)
     assert all(path.read_bytes() == content for path, content in before.items())
     assert sorted(run.glob("step-*")) == [run / "step-000004"]
 
@@ -414,24 +418,57 @@ def test_an_existing_run_is_not_overwritten_by_accident(tmp_path, run_train, sta
 # --- stops -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, monkeypatch, run_train, capsys, name):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_signals_end_the_run_after_the_step_with_a_checkpoint(tmp_path, monkeypatch, run_train, capsys, name):
+    """However many there are; the exit status says which was the first."""
     number, handler = getattr(signal, name), signal.getsignal(getattr(signal, name))
-    in_step(monkeypatch, 2, lambda: signal.raise_signal(number))
-    assert [row["step"] for row in run_train(tmp_path, STAGE1, "--steps 4")] == [1, 2]
-    assert f"stopped at step 2, saved; continue with: python train.py --resume --out {tmp_path}\n" in (
-        capsys.readouterr().out
-    )
-    assert signal.getsignal(number) == handler
+
+    def ask():
+        for each in (number, number, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(each)
+
+    in_step(monkeypatch, 2, ask)
+    flags = [*STAGE1.split(), "--steps", "4", "--out", str(tmp_path)]
+    assert run_command(lambda: train.main(flags)) == 128 + number
+    said = f"stopped: step 2 is saved; continue with: python train.py --resume --out {tmp_path}\n"
+    assert capsys.readouterr().err.endswith(said) and signal.getsignal(number) == handler
+    assert [row["step"] for row in log_of(tmp_path) if "loss" in row] == [1, 2]
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
     assert [row["step"] for row in run_train(tmp_path, "--resume")] == [1, 2, 3, 4]
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once():
-    with pytest.raises(KeyboardInterrupt), GracefulStop() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        signal.raise_signal(signal.SIGINT)
+def test_only_a_second_ctrl_c_that_a_person_types_later_ends_the_step_and_never_a_write(monkeypatch):
+    now, typed = [100.0], [True]
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: typed[0]))
+    with stop.signals():
+        stop.be_patient()
+        for number in (signal.SIGINT, signal.SIGINT):  # within a second
+            signal.raise_signal(number)
+        now[0], typed[0] = 105.0, False
+        signal.raise_signal(signal.SIGINT)  # of a batch system
+        signal.raise_signal(signal.SIGTERM)
+        typed[0], written = True, []
+        with pytest.raises(stop.Stopped), stop.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            written.append(True)
+        assert written
+        with pytest.raises(stop.Stopped):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_before_the_steps_a_signal_ends_the_command_at_once_and_once():
+    """What cleans up after it is not disturbed by a second one; a signal that the shell ignores stays ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.signals():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(stop.Stopped):
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("stopped_at", [2, 4])
@@ -523,7 +560,9 @@ def test_a_run_resumes_where_its_data_its_parts_and_the_user_have_moved(tmp_path
         run_train(run, "--resume")
     records = json.loads(Path(data).read_text())
     Path(data).write_text(json.dumps(records[::-1]))
-    with pytest.raises(UserError, match="--resume: --data holds other records than before: put the old ones"):
+    with pytest.raises(
+        UserError, match="--resume: the records of --data and the images of --data differ from before: put"
+    ):
         run_train(run, "--resume --data", data)
     Path(data).write_text(json.dumps(records))
     assert [row["step"] for row in run_train(run, "--resume --data", data)] == [1, 2]
@@ -635,7 +674,7 @@ def test_a_run_that_overfits_says_what_helps_also_after_a_resume(tmp_path, monke
     monkeypatch.setattr(validation, "validation_lines", lambda *_: "")
     said = []
     for flags in (f"{STAGE1} --steps 9 --eval-every 1 --save-every 1 --dropout 0.1", "--resume"):
-        in_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        in_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
         run_train(tmp_path, flags)
         said.append(capsys.readouterr().out)
     warnings = [line for line in "".join(said).splitlines() if "has not improved" in line]

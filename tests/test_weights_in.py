@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 
 from blip2 import Blip2
 from engine.errors import UserError
+from engine.files import sha256
 from qformer import QFormer, QFormerConfig
 from sources.shapes import ShapesWorld
 from sources.text import BertTokenizer
@@ -47,7 +48,7 @@ from tools.weights import main as weights_command
 from vit import PRESETS, ViT, ViTConfig
 from weights.configs import bert_config, hf_qformer_config, llm_config, vit_config
 from weights.export import write_shards
-from weights.load import first_match, load, match, no_init, open_tensors, sha256, unload, weight_files
+from weights.load import first_match, load, match, no_init, open_tensors, unload, weight_files
 from weights.open import load_bert, load_llm, load_vit
 from weights.runs import relative, relocated
 from weights.tables import (
@@ -235,7 +236,9 @@ def test_mean_and_std_are_those_of_the_preprocessor_or_config_json_or_clip(tmp_p
     vit, report, _ = load_vit(str(tmp_path))
     assert vit.cfg.std == (0.5, 0.5, 0.5) and "CLIP" not in report
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [1, 2]}}))
-    with pytest.raises(UserError, match="has image_mean .1, 2., expected a number, or one for each of 3 channels"):
+    with pytest.raises(
+        UserError, match="has image_mean .1, 2., expected a list, each a number from -1,000.0 to 1,000.0"
+    ):
         load_vit(str(tmp_path))
 
 
@@ -390,7 +393,10 @@ def test_a_tokenizer_that_cannot_be_read_is_one_sentence(part, how, tmp_path):
     [
         ([1], "config.json holds a list, expected an object"),
         ({"num_attention_heads": 5}, r"config.json has 5 heads, into which its width of \d+ does not divide"),
-        ({"num_attention_heads": None}, "config.json has None heads"),
+        (
+            {"num_attention_heads": None},
+            "config.json has num_attention_heads None, expected a whole number from 1 to 10,000,000",
+        ),
         (None, "is an adapter of PEFT, which holds no model: merge it into its own"),
     ],
 )
@@ -408,6 +414,143 @@ def test_a_config_that_cannot_be_is_a_sentence_at_load(part, content, sentence, 
             Blip2.from_pretrained(folder)
     with pytest.raises(UserError, match=sentence):
         {"vit": load_vit, "bert": load_bert, "opt": load_llm}[part](str(folder))
+
+
+WIDE = {"hidden_size": 10**6, "num_attention_heads": 1, "intermediate_size": 10**6}
+PARTS = {  # of a config.json -> what is said
+    "vit": [
+        ({"hidden_size": 0}, "has hidden_size 0, expected a whole number from 1 to"),
+        ({"num_hidden_layers": 10**6}, "has num_hidden_layers 1000000, expected a whole number from 1 to 1,000"),
+        ({"layer_norm_eps": float("nan")}, "has layer_norm_eps nan, expected a number from 0 to 1"),
+        ({"image_std": [0, 0, 0]}, r"has image_std .0, 0, 0., expected a list, each a number from 1e-06 to"),
+        ({"image_processor": [1]}, "image_processor in .* holds a list, expected an object"),
+        ({"mlp_ratio": "4"}, "has mlp_ratio '4', expected a number"),
+        (
+            {"model_type": ["dinov2"] * 5000},
+            r"has model_type \['dinov2', 'dinov2.* letters., expected an image encoder",
+        ),
+        (WIDE, "does not fit, nothing was loaded"),
+    ],
+    "bert": [
+        ({"vocab_size": 10**12}, "has vocab_size 1000000000000, expected a whole number from 0 to 1,048,576"),
+        ({"hidden_dropout_prob": -1}, "has hidden_dropout_prob -1, expected a number from 0 to 0.999"),
+        ({"max_position_embeddings": True}, "has max_position_embeddings True, expected a whole number"),
+        (WIDE, "has a QFormer of [0-9,]+ parameters by its configuration, its files have"),
+    ],
+    "opt": [
+        ({"do_layer_norm_before": 1}, "has do_layer_norm_before 1, expected True or False"),
+        ({"word_embed_proj_dim": "x" * 5000}, r"has word_embed_proj_dim 'x{29}\.\.\. .5,002 letters., expected"),
+        ({"text_config": [], "model_type": "blip-2"}, "text_config in .*/config.json has model_type None"),
+        (WIDE | {"ffn_dim": 10**6, "word_embed_proj_dim": 10**6}, "does not fit, nothing was loaded"),
+    ],
+    "t5": [
+        ({"feed_forward_proj": ["gated"]}, "is of a T5 v1.0"),
+        ({"num_decoder_layers": 1.5}, "has num_decoder_layers 1.5, expected a whole number"),
+        ({"d_kv": None}, "has d_kv None, expected a whole number"),
+    ],
+}
+
+
+@pytest.mark.parametrize("part, changes, said", [(part, *row) for part, rows in PARTS.items() for row in rows])
+def test_a_field_that_cannot_be_is_named_before_memory_is_taken(part, changes, said, tmp_path):
+    folder = Path(shutil.copytree(f"assets/tiny/{part}", tmp_path / part))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=said):
+        {"vit": load_vit, "bert": load_bert}.get(part, load_llm)(str(folder))
+
+
+LONG = "x" * 5000
+IN_A_RUN = [
+    ({"image_size": None}, "has image_size None, expected a whole number"),
+    ({"image_size": 65}, "has image_size 65, no multiple of its ViT's patch size 8, up to 4096"),
+    ({"image_size": 80_000}, "has image_size 80000, no multiple of its ViT's patch size 8, up to 4096"),
+    ({"ln_vision_eps": float("nan")}, "has ln_vision_eps nan, expected a number from 0 to 1"),
+    ({"embed_dim": 10**9}, "has embed_dim 1000000000, expected a whole number from 1 to 65,536"),
+    ({"max_text_tokens": 65}, "has max_text_tokens 65, expected 3 to 64, its positions"),
+    ({"vit": LONG}, "has vit 'x{29}... .5,002 letters., expected a text of a length from 0 to 4,096"),
+    ({"llm": "x" * 3000}, "--llm x+ does not exist"),
+    ({"llm": "opt-2.7b"}, "opt-2.7b has other weights than .* was trained over: pass --llm"),
+    ({"template": 5}, "has template 5, expected a text"),
+    ({"prompt": "\ud83d"}, "has prompt '.+', expected a text"),  # half of a character, which no tokenizer reads
+    ({"conditioned": "no"}, "has conditioned 'no', expected True or False"),
+    ({"lacks": "itg"}, "has lacks 'itg', expected a list"),
+    ({"train": [1]}, "train in .* holds a list, expected an object"),
+    ({"vit_trained": True}, "vit_config in .* holds a NoneType, expected an object"),
+    (
+        {"vit_trained": True, "vit_config": {"width": 96}},
+        "does not fit .missing 3 required .* .depth., .heads., and .mlp..: take it",
+    ),
+    ({"qformer": []}, "qformer in .* holds a list, expected an object"),
+    ({"qformer": {"widths": 5}}, "qformer in .* does not fit .got an unexpected keyword argument .widths..: take"),
+    (
+        {"qformer": {"depth": 900, "image_width": 96}},
+        "has a QFormer of [0-9,]+ parameters by its configuration, its files have",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, said", IN_A_RUN)
+def test_a_run_of_which_an_entry_cannot_be_is_not_opened(changes, said, tmp_path):
+    run = Path(shutil.copytree("assets/tiny/blip2", tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    moved = {"vit": str(ROOT / "assets/tiny/vit"), "llm": str(ROOT / "assets/tiny/opt")}
+    (run / "config.json").write_text(json.dumps(config | moved | changes))
+    with pytest.raises(UserError, match=said):
+        Blip2.from_pretrained(run)
+    for name in ("vit", "bert", "image_size", "embed_dim", "ln_vision_eps", "max_text_tokens", "qformer"):
+        (run / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != name}))
+        with pytest.raises(UserError, match=f"run/config.json (has {name} None|holds a NoneType), expected "):
+            weights_command(["inspect", str(run)])
+
+
+@pytest.mark.parametrize("index", [[], None, {}, {"weight_map": [1]}, {"weight_map": {"a": 1}}])
+def test_an_index_that_names_no_files_says_so(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="index.json has no weight_map from keys to files: fetch it again"):
+        weight_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": LONG}}))
+    with pytest.raises(UserError, match="lacks x"):
+        weight_files(tmp_path)
+
+
+def test_odd_tensors_in_a_pickle_are_refused(tmp_path):
+    """Views that are larger than the file, and what has no values; a key that is a number is a key."""
+    views = torch.zeros(1).expand(1, 32, 10**12), torch.eye(3).to_sparse(), torch.empty(10**9, device="meta")
+    for tensor in views:
+        torch.save({"query_tokens": tensor}, tmp_path / "x.pth")
+        with pytest.raises(UserError, match="has query_tokens without all of its values: expected dense tensors"):
+            open_tensors([tmp_path / "x.pth"])
+    odd = {"query_tokens": torch.zeros(3), "ln_vision.weight": torch.tensor(1.0), 7: torch.zeros(2)}
+    odd["Qformer.bert.encoder.layer.0.crossattention.self.query.weight"] = torch.zeros(2, 2)
+    torch.save(odd, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="has a QFormer of [0-9,]+ parameters by its configuration, its files have 10"):
+        Blip2.from_pretrained(tmp_path / "x.pth", vit=TINY[0], bert=TINY[1])
+
+
+def test_a_checkpoint_over_t5_takes_no_opt():
+    with pytest.raises(
+        UserError, match="assets/tiny/opt is no T5, over which the checkpoint was trained: pass it as --"
+    ):
+        load_llm("assets/tiny/opt", act="gelu")
+
+
+def test_a_tokenizer_of_other_words_than_the_run_is_refused(tmp_path):
+    """Its ids would be beyond the embeddings; one without a token for unknown words could not read them."""
+    run = Path(shutil.copytree("assets/tiny/blip2", tmp_path / "blip2"))
+    for part in ("vit", "opt"):
+        shutil.copytree(f"assets/tiny/{part}", tmp_path / part)
+    tokenizer = json.loads((run / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["[extra]"] = 10**6
+    (run / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="has a tokenizer of .* words and weights of 126, expected the same"):
+        Blip2.from_pretrained(run)
+    del words["[extra]"], words["[UNK]"]
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "[UNK]"]
+    (run / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="tokenizer.json cannot be read .*Missing .UNK."):
+        Blip2.from_pretrained(run)
 
 
 # --- transformers' BLIP-2 --------------------------------------------------------------------------------------------
@@ -720,7 +863,7 @@ def test_a_run_is_not_opened_over_a_vit_of_another_width(run):
 
 def test_a_run_over_random_weights_is_not_opened_again(run, monkeypatch):
     """They are drawn anew each time: the model would be another one."""
-    monkeypatch.setitem(PRESETS, "clip-l", ViTConfig(96, depth=1, heads=2, mlp=8))
+    monkeypatch.setitem(PRESETS, "clip-l", ViTConfig(96, depth=1, heads=2, mlp=8, patch_size=8))
     (run / "config.json").write_text(
         json.dumps(json.loads((run / "config.json").read_text()) | {"vit": "clip-l", "vit_sha256": None})
     )
@@ -875,7 +1018,8 @@ def test_hashing_and_loading_report_their_progress(tmp_path, monkeypatch):
         seen.append((what, len(items), total))
         return items
 
-    monkeypatch.setattr("weights.load.progress", progress)
+    for module in ("weights.load", "engine.files"):
+        monkeypatch.setattr(f"{module}.progress", progress)
     load(toy(), toy_tensors(), TOY, "toy")
     (tmp_path / "x").write_bytes(b"x" * 2_500_000)
     assert sha256([tmp_path / "x"]) == hashlib.sha256(b"x" * 2_500_000).hexdigest()
@@ -946,7 +1090,10 @@ def test_each_key_of_the_published_blip2s_has_its_place(name, tmp_path):
     cfg, table = vit_config(tmp_path)
     with torch.device("meta"), no_init():
         model = Blip2(
-            ViT(replace(cfg, depth=cfg.depth - 1)), QFormer(hf_qformer_config(config, retrieval)), None, cfg.image_size
+            ViT(replace(cfg, depth=cfg.depth - 1)),
+            QFormer(hf_qformer_config(config, retrieval)[0]),
+            None,
+            cfg.image_size,
         )
         if not retrieval:
             llm_cfg, family = llm_config(str(tmp_path))

@@ -8,11 +8,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from torch.utils.data import DataLoader
-
-from engine.errors import Parser, UserError, at_least_1, check_output, expect, run_command
+from data import Loader
+from engine.errors import Parser, UserError, at_least_1, expect, run_command
+from engine.files import check_output, write_json
 from engine.progress import progress
-from sources.annotations import AnnotatedImage
+from sources.annotations import AnnotatedImage, record_problem
 from sources.images import open_image
 from sources.layouts import open_records
 from sources.text import BertTokenizer, is_string, is_text
@@ -34,6 +34,7 @@ def check(args: argparse.Namespace) -> None:
 
     Raises SystemExit(1) if there are any.
     """
+    expect(-1 <= args.workers <= 256, f"got --workers {args.workers}, expected up to 256, or -1 for one a core")
     problems: dict[str, list[str]] = defaultdict(list)
     tokenizer = BertTokenizer(args.bert, 10**6) if args.bert else None
     if tokenizer is None:
@@ -53,7 +54,7 @@ def check(args: argparse.Namespace) -> None:
         found = text_problems(records, tokenizer, args.max_text_tokens)
         problems |= {f"{file}: {kind}": rows for kind, rows in found.items()}
         first, workers = {}, args.workers if args.workers >= 0 else os.cpu_count() or 1
-        results = DataLoader(Files(), None, sampler=paths, num_workers=workers)
+        results = Loader(Files(), None, sampler=paths, num_workers=workers)
         for path, (content, reason) in progress(zip(paths, results), f"checking {file}", len(paths)):
             if reason:
                 problems[f"{file}: unreadable images"].append(reason)
@@ -91,7 +92,9 @@ def text_problems(records: list[dict], tokenizer: BertTokenizer | None, limit: i
         image_id = AnnotatedImage(record, []).key
         if (first := files.setdefault(image_id, record["image"])) != record["image"]:
             found["with the image_id of another file"].append(f"{image_id} for {first} and {record['image']}")
-        read = [str(text) for text in asked or texts]
+        if (problem := record_problem(record, bool(asked), not is_test)) and "has an " not in problem:
+            found["that training refuses"].append(problem)
+        read = list(filter(is_string, asked or texts))
         for text, ids in zip(read, tokenizer.encode(read) if tokenizer else []):
             if len(ids) > limit:
                 found[f"texts truncated to {limit} tokens (--max-text-tokens)"].append(f"{len(ids)} tokens: {text}")
@@ -108,13 +111,12 @@ def convert(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_output("out", out)
     for number, record in enumerate(records):
-        is_record = isinstance(record, dict) and isinstance(record.get("image"), str)
-        expect(is_record, f'{args.file}: record {number} is {json.dumps(record)[:80]}, expected an "image" in it')
+        keys = record if isinstance(record, dict) else ()
+        problem = record_problem(record, "question" in keys, "caption" in keys)
+        expect(not problem, f"{args.file}: record {number} {problem}")
     texts = sum(len(record.get("caption", ["one question"])) for record in records)
     what = "questions" if "question" in records[0] else "captions"
-    partial = out.with_name(f".{out.name}.tmp")
-    partial.write_text(json.dumps(records) + "\n", encoding="utf-8")
-    os.replace(partial, out)
+    write_json(out, records)
     print(f"{args.file}: {name}, {len({record['image'] for record in records}):,} images, {texts:,} {what}")
     print(f"written to {out}; its images: {records[0]['image']}, ... (pass their folder as --images)")
 

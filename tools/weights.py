@@ -6,13 +6,14 @@ python -m tools.weights export RUN --format lavis OUT.pth       for LAVIS
 python -m tools.weights export PUBLIC --format run runs/NAME    to train from a public checkpoint
 """
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 from blip2 import Blip2
 from engine.errors import Parser, expect, run_command
-from weights.configs import read_config
+from weights.configs import as_object, check_run, read_config
 from weights.export import DTYPES, export
 from weights.load import open_tensors, weight_files
 from weights.open import holds_vit, is_lavis_stage2
@@ -43,19 +44,23 @@ PARTS = {
 
 def inspect(path: Path) -> str:
     """What a checkpoint is, and a table of its parts with their parameters and dtypes; no tensor is read."""
-    expect(path.exists(), f"{path} does not exist: expected a checkpoint folder or file")
+    expect(os.path.exists(path), f"{path} does not exist: expected a checkpoint folder or file")
     config = read_config(path) if path.is_dir() else {}
     tensors = open_tensors(weight_files(path) if path.is_dir() else [path])
     kind, lines = config.get("model_type"), []
     if config.get("model") == "blip2":
-        kind = "run"
-        stage = config.get("train", {}).get("stage") or (2 if config.get("llm") else 1)
+        check_run(config, path / "config.json")
+        kind, stage = "run", (config.get("train") or {}).get("stage") or (2 if config.get("llm") else 1)
         lines.append(f"{path}: a run, stage {stage}, {config['image_size']} px")
         own = ("llm",) if config.get("vit_trained") else ("vit", "llm")  # a run may hold its ViT
         lines += [f"  --{part} {config[part]}" for part in own if config.get(part)]
     elif kind == "blip-2":
         stage2 = any(key.startswith("language_model.") for key in tensors)
-        text = f"with {config.get('text_config', {}).get('model_type', 'opt')}" if stage2 else "for retrieval"
+        text = (
+            f"with {as_object(config.get('text_config', {}), 'text_config').get('model_type', 'opt')}"
+            if stage2
+            else "for retrieval"
+        )
         lacks = "the text branch of the Q-Former" if stage2 else "ITC's temperature and ITG's head"
         lines += [f"{path}: a BLIP-2 of transformers {text}", f"  lacks {lacks}"]
     elif kind is not None:

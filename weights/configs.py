@@ -1,14 +1,17 @@
 """config.json of public checkpoints <-> the configurations here, as field tables that work both ways."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from engine.errors import UserError, expect, read_json
+from engine.errors import UserError, expect, shorten
+from engine.files import MAX_CONFIG, read_json
 from llm import OPT, T5, OPTConfig, T5Config
 from qformer import QFormerConfig
+from sources.text import is_string
 from vit import CLIP_MEAN, CLIP_STD, ViTConfig
 from weights.tables import CLIP, DINOV2, HF_BLIP2_VIT, OPT_TABLE, T5_TABLE, Table
 
@@ -52,6 +55,7 @@ QFORMER_FIELDS = {name: row for name, row in BERT_FIELDS.items() if name != "ini
     "image_width": ("encoder_hidden_size", 1408),
     "cross_every": ("cross_attention_frequency", 2),
 }
+BLIP2_FIELDS: Fields = {"num_queries": ("num_query_tokens", 32), "embed_dim": ("image_text_hidden_size", 256)}
 OPT_FIELDS = BASE_FIELDS | {
     "vocab_size": ("vocab_size", 50272),
     "mlp": ("ffn_dim", 3072),
@@ -74,23 +78,89 @@ T5_FIELDS: Fields = {
 }
 
 
+# What fields of ours may hold: a type, the least and the most; of a text its length. Any other is a size, and not what
+# would be built for ever.
+SIZE, NAMES = (int, 1, 10**7), {int: "a whole number", float: "a number", str: "a text of a length"}
+SWITCHES = "ln_pre conv_bias key_bias align_corners pre_norm vit_trained text_branch conditioned".split()
+LIMITS = {
+    **dict.fromkeys("vit bert llm act llm_act vit_sha256 llm_sha256 template prompt lacks".split(), (str, 0, 4096)),
+    **dict.fromkeys(SWITCHES, (bool, 0, 1)),
+    **dict.fromkeys(("depth", "decoder_depth"), (int, 1, 1000)),
+    **dict.fromkeys(("vocab_size", "pad_id"), (int, 0, 1 << 20)),
+    **dict.fromkeys(("embed_dim", "num_queries"), (int, 1, 1 << 16)),
+    **dict.fromkeys(("eps", "ln_vision_eps", "init_std"), (float, 0, 1)),
+    **{"dropout": (float, 0, 0.999), "mlp_ratio": (float, 0.01, 100), "mean": (float, -1e3, 1e3)},
+    **{"std": (float, 1e-6, 1e3)},
+}
+CHOICES = {"act": ("gelu", "quick_gelu"), "llm_act": ("gelu", "gelu_new"), **dict.fromkeys(SWITCHES, (True, False))}
+LISTS = {"mean": (3,), "std": (3,), "lacks": range(4)}  # how long they may be
+IN_RUN = ("vit", "bert", "image_size", "embed_dim", "max_text_tokens", "ln_vision_eps")  # and "qformer"
+
+
+def check_fields(values: dict, where: str | Path, names: Fields | None = None) -> None:
+    """Refuse values that fields of ours cannot have. names: what the file calls them."""
+    for ours, value in values.items():
+        kind, low, high = LIMITS.get(ours, SIZE)
+        is_list = isinstance(value, (list, tuple))
+        each = value if is_list else [value]
+        fits = is_list == (ours in LISTS) and len(each) in LISTS.get(ours, (1,))
+        fits = fits and all(type(x) is kind or (type(x) is int and kind is float) for x in each)
+        sizes = [len(x) if is_string(x) else -1 for x in each] if kind is str else each
+        fits = fits and all(low <= x <= high for x in sizes)  # NaN is not
+        fits = fits and value in CHOICES.get(ours, [value])
+        name, got = (names or {}).get(ours, (ours,))[0], shorten(repr(value), 60)
+        limits = f"{'a list, each ' * (ours in LISTS)}{NAMES.get(kind)} from {low:,} to {high:,}"
+        expected = " or ".join(map(str, CHOICES.get(ours, [limits])))
+        expect(fits, f"{where} has {name} {got}, expected {expected}: fetch it again")
+    width, heads = values.get("width", 0), values.get("heads", 1)
+    divides = "head_width" in values or width % heads == 0
+    expect(divides, f"{where} has {heads} heads, into which its width of {width} does not divide: fetch it again")
+
+
 def read_config(folder: Path, name: str = "config.json") -> dict:
     """config.json of a checkpoint folder, or another file like it."""
     path, merge = folder / name, "merge it into its own (merge_and_unload, save_pretrained), and pass that folder"
     adapter = not path.exists() and (folder / "adapter_config.json").exists()
     expect(not adapter, f"{folder} is an adapter of PEFT, which holds no model: {merge}")
-    config = read_json(path)
-    expect(isinstance(config, dict), f"{path} holds a {type(config).__name__}, expected an object: fetch it again")
-    return config
+    return as_object(read_json(path, MAX_CONFIG), path)
 
 
-def read_fields(fields: Fields, config: dict, where: str | Path) -> dict:
+def as_object(value, where: str | Path) -> dict:
+    """A JSON object, or UserError."""
+    expect(isinstance(value, dict), f"{where} holds a {type(value).__name__}, expected an object: fetch it again")
+    return value
+
+
+def read_fields(their: Fields, config: dict, where: str | Path) -> dict:
     """Their config.json, or a part of it, `where` -> keyword arguments of our configuration."""
-    sizes = {ours: config.get(theirs, default) for ours, (theirs, default) in fields.items()}
-    width, heads = sizes["width"], sizes["heads"]
-    divides = isinstance(heads, int) and heads > 0 and ("head_width" in sizes or width % heads == 0)
-    expect(divides, f"{where} has {heads!r} heads, into which its width of {width} does not divide: fetch it again")
+    sizes = {ours: config.get(theirs, default) for ours, (theirs, default) in their.items()}
+    check_fields({ours: x for ours, x in sizes.items() if (x, their[ours][1]) != (None, None)}, where, their)
     return sizes
+
+
+def own_config(kind: type, values, where: str | Path):
+    """A configuration of class `kind` as a run has it."""
+    values = as_object(values, where).items()
+    try:
+        cfg = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+    except TypeError as error:  # of names
+        raise UserError(
+            f"{where} does not fit ({shorten(str(error).partition('() ')[2])}): take it from the run again"
+        ) from None
+    check_fields(vars(cfg), where)
+    return cfg
+
+
+def check_run(config: dict, where: str | Path) -> tuple[QFormerConfig, ViTConfig | None]:
+    """Refuse a run's config.json in which an entry lacks or cannot be -> its Q-Former, and its own ViT if any."""
+    optional = {name: value for name, value in config.items() if name in LIMITS and value is not None}
+    check_fields(optional | {name: config.get(name) for name in IN_RUN}, where)
+    as_object(config.get("train") or {}, f"train in {where}")
+    vit = config.get("vit_trained") and own_config(ViTConfig, config.get("vit_config"), f"vit_config in {where}")
+    qformer, tokens = own_config(QFormerConfig, config.get("qformer"), f"qformer in {where}"), config["max_text_tokens"]
+    longest = qformer.max_positions // 8 * 8  # `pad` rounds up to 8
+    expect(3 <= tokens <= longest, f"{where} has max_text_tokens {tokens}, expected 3 to {longest}, its positions")
+    return qformer, vit or None
 
 
 def write_fields(fields: Fields, cfg) -> dict:
@@ -106,13 +176,15 @@ def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
     config, where = read_config(folder), folder / "config.json"
     kind = config.get("model_type")
     if kind in ("clip", "blip-2"):
-        config, kind = config.get("vision_config", {}), f"{kind.replace('-', '_')}_vision_model"
+        where = f"vision_config in {where}"
+        config, kind = as_object(config.get("vision_config", {}), where), f"{kind.replace('-', '_')}_vision_model"
     if kind == "dinov2":
         expect(
             not config.get("use_swiglu_ffn") and config.get("hidden_act", "gelu") == "gelu",
             f"{folder} is a DINOv2 with SwiGLU, expected the plain GELU one: use dinov2-small, -base, -large",
         )
         sizes, table = read_fields(DINOV2_FIELDS, config, where), DINOV2
+        check_fields({"mlp_ratio": config.get("mlp_ratio", 4)}, where)
         sizes["mlp"] = int(sizes["width"] * config.get("mlp_ratio", 4))
     elif kind == "clip_vision_model":
         sizes, table = read_fields(CLIP_FIELDS, config, where), CLIP
@@ -122,7 +194,7 @@ def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
         sizes |= dict(act="gelu", key_bias=False, depth=sizes["depth"] + 1)  # published without its last block
     else:
         known = "dinov2, clip, clip_vision_model, blip-2"
-        raise UserError(f"{where} has model_type {kind!r}, expected an image encoder: {known}")
+        raise UserError(f"{where} has model_type {shorten(repr(kind), 60)}, expected an image encoder: {known}")
     return ViTConfig(**sizes | {"mean": CLIP_MEAN, "std": CLIP_STD} | image_norm(folder)), table
 
 
@@ -132,12 +204,11 @@ def image_norm(folder: Path) -> dict[str, tuple[float, ...]]:
     norm = {}
     for path in (folder / f"{name}config.json" for name in ("", "preprocessor_", "processor_")):
         config = read_config(folder, path.name) if path.exists() else {}
-        config = config.get("image_processor") or config
+        config = as_object(config.get("image_processor") or config, f"image_processor in {path}")
         for ours in ("mean", "std"):
             if (value := config.get(f"image_{ours}")) is not None:
                 value = [value] * 3 if isinstance(value, (int, float)) else value
-                fine = isinstance(value, list) and len(value) == 3
-                expect(fine, f"{path} has image_{ours} {value!r}, expected a number, or one for each of 3 channels")
+                check_fields({ours: value}, path, {ours: (f"image_{ours}",)})
                 norm[ours] = tuple(value)
     return norm
 
@@ -145,21 +216,22 @@ def image_norm(folder: Path) -> dict[str, tuple[float, ...]]:
 def bert_config(folder: Path) -> dict:
     """The fields of QFormerConfig that a BERT folder decides."""
     config = read_config(folder)
-    kind, act = config.get("model_type"), config.get("hidden_act", "gelu")
-    expect(
-        (kind, act) == ("bert", "gelu"),
-        f"{folder}/config.json has model_type {kind!r} and hidden_act {act!r}, expected bert and gelu: use "
-        "bert-base-uncased or one like it",
-    )
+    kind, act = (shorten(repr(config.get(key, "gelu")), 60) for key in ("model_type", "hidden_act"))
+    got = f"{folder}/config.json has model_type {kind} and hidden_act {act}, expected bert and gelu"
+    expect((kind, act) == ("'bert'", "'gelu'"), f"{got}: use bert-base-uncased or one like it")
     sizes = read_fields(BERT_FIELDS, config, folder / "config.json")
     return sizes | {"vocab_size": sizes["vocab_size"] + 1}  # [DEC]
 
 
-def hf_qformer_config(config: dict, retrieval: bool) -> QFormerConfig:
-    """The Q-Former of a transformers BLIP-2."""
-    sizes = read_fields(QFORMER_FIELDS, config.get("qformer_config", {}), "qformer_config")
+def hf_qformer_config(config: dict, retrieval: bool) -> tuple[QFormerConfig, int]:
+    """The Q-Former of a transformers BLIP-2, and the width of the space in which ITC compares."""
+    part, own = (
+        as_object(config.get("qformer_config", {}), "qformer_config"),
+        read_fields(BLIP2_FIELDS, config, "config.json"),
+    )
+    sizes = read_fields(QFORMER_FIELDS, part, "qformer_config")
     sizes["vocab_size"] += not retrieval  # [DEC], which is counted where words are read
-    return QFormerConfig(**sizes, num_queries=config.get("num_query_tokens", 32))
+    return QFormerConfig(**sizes, num_queries=own["num_queries"]), own["embed_dim"]
 
 
 # --- language models -------------------------------------------------------------------------------------------------
@@ -188,8 +260,9 @@ def t5_config(config: dict, where: str) -> T5Config:
     """The configuration of a T5 v1.1. A v1.0 scales the input of its head, and has no gates. "gated-gelu" has always
     meant the one by tanh."""
     scales = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
-    act = config.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(config.get("feed_forward_proj"))
-    v1_1 = not scales and config.get("feed_forward_proj", "").startswith("gated") and act in ("gelu", "gelu_new")
+    gates = str(config.get("feed_forward_proj"))
+    act = config.get("dense_act_fn") or {"gated-gelu": "gelu_new"}.get(gates)
+    v1_1 = not scales and gates.startswith("gated") and act in ("gelu", "gelu_new")
     expect(v1_1, f"{where} is of a T5 v1.0, expected google/t5-v1_1-* or google/flan-t5-*")
     sizes = read_fields(T5_FIELDS, config, where)
     return T5Config(**sizes | {"decoder_depth": sizes["decoder_depth"] or sizes["depth"]}, act=act)
@@ -204,7 +277,7 @@ LLMS = {
 
 def llm_config(spec: str) -> tuple[object, LLMFamily]:
     """Configuration and family of what `--llm` names: a preset, a folder, or the language model of a BLIP-2."""
-    if Path(spec).is_dir():
+    if os.path.isdir(spec):
         return read_llm_config(Path(spec))
     presets = {name: (cfg, family) for family in LLMS.values() for name, cfg in family.kind.presets.items()}
     names = f"a name ({', '.join(presets)})"
@@ -216,10 +289,11 @@ def read_llm_config(folder: Path) -> tuple[object, LLMFamily]:
     """A language model's config.json, or that of a BLIP-2, which has it inside."""
     config, where = read_config(folder), f"{folder}/config.json"
     if config.get("model_type") == "blip-2":
-        config, where = config.get("text_config") or {}, f"text_config in {where}"
+        where = f"text_config in {where}"
+        config = as_object(config.get("text_config") or {}, where)
     kind = config.get("model_type")
     known = f"a language model of a known type: {', '.join(LLMS)}"
-    expect(kind in LLMS, f"{where} has model_type {kind!r}, expected {known}")
+    expect(kind in list(LLMS), f"{where} has model_type {shorten(repr(kind), 60)}, expected {known}")
     return LLMS[kind].read(config, where), LLMS[kind]
 
 

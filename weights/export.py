@@ -1,7 +1,5 @@
 """A `Blip2` out: for transformers' BLIP-2 classes, for LAVIS, or as a run to train from."""
 
-import json
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
-from engine.errors import expect, read_json
+from engine.errors import expect
+from engine.files import read_json, whole, write_json
 from engine.progress import progress
 from weights.configs import family_of, hf_config
 from weights.load import first_match, open_tensors, unload
@@ -45,19 +44,13 @@ def export(model, form: str, out: Path, dtype: str) -> list[str]:
         f"BLIP-2 in {form} has no place for the language model {type(model.llm).__name__}: keep the run, or export "
         "with --format run",
     )
-    partial = out.with_name(out.name + ".part")
-    expect(not partial.exists(), f"{partial} is left of an interrupted export: remove it first")
-    try:
-        notes = {"hf": export_hf, "lavis": export_lavis, "run": export_run}[form](model, partial, DTYPES[dtype])
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-    return notes
+    with whole(out) as partial:
+        return {"hf": export_hf, "lavis": export_lavis, "run": export_run}[form](model, partial, DTYPES[dtype])
 
 
 def export_run(model, folder: Path, dtype: torch.dtype) -> list[str]:
     """A run to train from; its frozen parts stay where they are."""
-    model.save_pretrained(folder, relative_to=folder.with_suffix(""))
+    model.save_pretrained(folder, relative_to=folder)
     return [f"--{part} {source.spec}" for part, source in model.sources.items() if part != "bert"]
 
 
@@ -101,12 +94,12 @@ def export_hf(model, folder: Path, dtype: torch.dtype) -> list[str]:
         text |= ends | act | {"vocab_size": words, "dtype": str(dtype)[6:]}
         config |= {"image_token_index": image_token, "text_config": text}
         tensors |= hf_llm_state(model.llm, words)
-        write_json(folder / "generation_config.json", ends | starts)
+        write_json(folder / "generation_config.json", ends | starts, 2)
     write_shards(folder, tensors, dtype)
-    write_json(folder / "config.json", config | {"dtype": str(dtype)[6:]})
+    write_json(folder / "config.json", config | {"dtype": str(dtype)[6:]}, 2)
     tokenizer.save(str(folder / "tokenizer.json"))
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    write_json(folder / "tokenizer_config.json", special | kind)
+    write_json(folder / "tokenizer_config.json", special | kind, 2)
     processor = {
         "image_processor_type": "BlipImageProcessor",
         "do_convert_rgb": True,
@@ -119,9 +112,9 @@ def export_hf(model, folder: Path, dtype: torch.dtype) -> list[str]:
         "image_mean": vit.mean,
         "image_std": vit.std,
     }
-    write_json(folder / "preprocessor_config.json", processor)
+    write_json(folder / "preprocessor_config.json", processor, 2)
     queries = {} if retrieval else {"num_query_tokens": model.qformer.cfg.num_queries}
-    write_json(folder / "processor_config.json", {"processor_class": "Blip2Processor"} | queries)
+    write_json(folder / "processor_config.json", {"processor_class": "Blip2Processor"} | queries, 2)
     return notes
 
 
@@ -163,11 +156,6 @@ def hf_llm_tokenizer(tokenizer) -> tuple[Tokenizer, dict[str, str]]:
     return copied, names | ({"bos_token": form.prompt_start} if form.prompt_start else {})
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Indented JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
 def write_shards(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """model.safetensors, or shards and their index."""
     sizes = {key: tensor.numel() * dtype.itemsize for key, tensor in tensors.items()}
@@ -184,10 +172,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -
         names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
         weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index, 2)
     for name, keys in progress(zip(names, shards), f"writing {folder}", len(names)):
         save_file({key: tensors[key].to(dtype).contiguous() for key in keys}, folder / name, {"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 # --- LAVIS -----------------------------------------------------------------------------------------------------------

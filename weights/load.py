@@ -5,12 +5,12 @@ or newly initialized for a stated reason; all shapes agree and all values are fi
 problem and nothing has been changed. Tensors are copied one at a time from the mapped file; no pickle runs code.
 """
 
-import hashlib
 import os
 import re
+import sys
+import warnings
 import zipfile
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from engine.errors import UserError, expect, expect_fetched, read_json
+from engine.errors import UserError, expect, shorten
+from engine.files import MAX_CONFIG, expect_file, read_json
 from engine.progress import progress
 from weights.tables import Row, Table
 
+warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused or read, in our words
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which Lightning, others and LAVIS put the tensors
 PREFIXES = ("module.", "base_model.model.", "model.")  # that DDP, PEFT and wrappers put before all keys
 
@@ -191,12 +193,16 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / single).exists():
             names = [single]
         elif index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            content = read_json(index, MAX_CONFIG)
+            mapped = content.get("weight_map") if isinstance(content, dict) else None
+            named = isinstance(mapped, dict) and all(isinstance(name, str) for name in mapped.values())
+            expect(named, f"{index} has no weight_map from keys to files: fetch it again")
+            names = sorted(set(mapped.values()))
             if outside := [name for name in names if Path(name).name != name]:
                 raise UserError(f"{index} names a file outside of {folder}, {outside[0]}: fetch it again")
         if names:
             break
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not os.path.exists(folder / name)]
     got = f"{folder} lacks {', '.join(missing)}" if missing else f"{folder} has no weights"
     expect(names and not missing, f"{got}: expected model.safetensors, its shards and index, or pytorch_model.bin")
     return [folder / name for name in names]
@@ -207,7 +213,7 @@ def open_tensors(paths: list[Path]) -> dict[str, Tensor]:
     Without what wrappers add to the keys."""
     tensors = {}
     for path in paths:
-        expect_fetched(path)
+        expect_file(path, "a file of weights", sys.maxsize)
         safe = path.suffix == ".safetensors"
         try:
             mapped = safe or zipfile.is_zipfile(path)  # older pickles are read whole
@@ -219,13 +225,21 @@ def open_tensors(paths: list[Path]) -> dict[str, Tensor]:
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
         named = content if isinstance(content, dict) else {}
-        found = {key.replace("_orig_mod.", ""): t for key, t in named.items() if isinstance(t, Tensor)}  # by compile
+        found = {str(key): tensor for key, tensor in named.items() if isinstance(tensor, Tensor)}
         only = f", only {', '.join(map(str, list(named)[:5]))}" * bool(named)
         expect(found, f"{path} holds no state dict{only}: expected tensors by name")
-        tensors |= found
+        odd = next((key for key, t in found.items() if not holds_values(t)), None)
+        expect(odd is None, f"{path} has {odd} without all of its values: expected dense tensors, fetch it again")
+        tensors |= {key.replace("_orig_mod.", ""): tensor for key, tensor in found.items()}  # by compile
     while prefix := next((p for p in PREFIXES if tensors and all(key.startswith(p) for key in tensors)), ""):
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Is each value in the file? A strided view can be of any size, a sparse or a meta tensor too."""
+    dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
+    return dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def reason(error: Exception) -> str:
@@ -234,18 +248,8 @@ def reason(error: Exception) -> str:
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return f"it holds a {found[1]}, and no code in a file is run): save its state dict alone"
     lines = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
-    return f"{lines[0]}): fetch it again"
-
-
-def sha256(paths: list[Path]) -> str:
-    """One hash of the contents of the files; identifies a frozen part."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            blocks = iter(partial(file.read, 1 << 20), b"")
-            for block in progress(blocks, f"hashing {path}", 1 + (path.stat().st_size >> 20)):
-                digest.update(block)
-    return digest.hexdigest()
+    why = lines[0] if lines and "weights_only" not in lines[0] else "it is not one that is read without running code"
+    return f"{shorten(why)}): fetch it again"
 
 
 # --- no initialization -----------------------------------------------------------------------------------------------

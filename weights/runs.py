@@ -1,6 +1,5 @@
 """Run folders: config.json, paths relative to the run, hashes of the frozen parts."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError, expect
+from engine.files import sha256, write_json
 from vit import PRESETS
-from weights.load import sha256, tensors_of
+from weights.load import tensors_of
 from weights.tables import Row, Table
 
 
@@ -71,8 +71,7 @@ def write_config(model, folder: Path, relative_to: Path, **extra) -> None:
         llm = model.sources["llm"]
         config |= {"llm": relative(llm.spec, relative_to), "llm_sha256": llm.sha256, "llm_act": model.llm_act}
         config |= {"template": model.template, "prompt": model.prompt, "conditioned": model.conditioned}
-    (folder / ".config.partial").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(folder / ".config.partial", folder / "config.json")
+    write_json(folder / "config.json", config, indent=2)
 
 
 def check_frozen(part: str, source: Source, known: str | None, run: str | Path) -> None:
