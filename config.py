@@ -20,7 +20,7 @@ from engine.device import DEVICES, PRECISIONS
 from engine.distributed import RESTARTS, TIMEOUT, gather_objects, print0, rank, world_size
 from engine.errors import Parser, UserError, expect
 from engine.files import check_output, read_json, write_json
-from engine.log import begun_here
+from engine.log import begun_here, tensorboard
 from model import OBJECTIVES
 from recipes import (
     CONTRASTIVE,
@@ -133,6 +133,7 @@ class TrainConfig:
     save_every: int | None = flag(None, "steps between checkpoints", AT_LEAST_1, resume=True)
     timeout: float = flag(TIMEOUT, "minutes that a process waits for the others", ABOVE_0, resume=True)
     keep: int = flag(1, "how many checkpoints are kept beside the best", AT_LEAST_1, resume=True)
+    tensorboard: bool = flag(False, "write the numbers of log.jsonl for TensorBoard too", resume=True)
     config: str = flag("", "take flags from this file: a run's config.json, or of --write-config", resume=True)
     write_config: str = flag("", "write the whole configuration to this file, and stop", resume=True)
 
@@ -431,6 +432,8 @@ def check_limits(cfg: TrainConfig) -> None:
 def check(cfg: TrainConfig) -> None:
     """Refuse what cannot work, in a sentence."""
     check_limits(cfg)
+    if cfg.tensorboard:
+        tensorboard()
     expect(cfg.min_lr <= cfg.lr, f"got --min-lr {cfg.min_lr}, expected at most --lr {cfg.lr:g}")
     expect(not (cfg.val_photos and cfg.val_data), "got --val-photos and --val-data, expected one of the two")
     for spec in cfg.data:

@@ -13,6 +13,7 @@ What a run writes, runs/stage1/ and so on:
     step-000500/                                      the last `--keep` checkpoints, each complete
     best/                                             the model with the best validation
     retrieval.json, answers.json or captions.json     the final evaluation
+    report.html, samples.json                         the run as a page (tools/report.py), and the images it shows
 
 A signal ends a run after its step, with a checkpoint (engine/stop.py); `torchrun --max-restarts 9` continues one.
 The same code runs in one process or many, on CPU, CUDA or MPS. --batch is the global batch; without accumulation, the

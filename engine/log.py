@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.device import peak_gigabytes
 from engine.distributed import LAUNCHER, all_sum, gather_objects, print0, rank, world_size
-from engine.errors import expect
+from engine.errors import UserError, expect
 from engine.files import whole, writing
 from engine.progress import clock
 from losses import ITM_PRIOR, smoothing_floor
@@ -137,6 +138,9 @@ class Log:
             return
         rows = [row for row in rows_of(self.path) if row.get("step", 0) <= start] if start else []
         self.validated = {row["step"] for row in rows if "validation" in row}
+        self.events = None
+        if config.get("tensorboard"):  # which forgets what an earlier command has written after `start`
+            self.events = tensorboard().SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         header = {"config": config, "machine": machine, "torch": torch.__version__, "from_step": start}
         with whole(self.path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in [*rows, header | {"launch": LAUNCH}]))
@@ -146,6 +150,20 @@ class Log:
         if rank() == 0:
             with writing(self.path), open(self.path, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+                for row in rows if self.events else ():
+                    for name in (name for name, value in row.items() if type(value) is float):
+                        self.events.add_scalar(name, row[name], row["step"])
+                if self.events:
+                    self.events.flush()
+
+
+def tensorboard():
+    """torch.utils.tensorboard, whose package only --tensorboard needs. UserError without it."""
+    try:
+        return import_module("torch.utils.tensorboard")
+    except ImportError as error:
+        how = "pip install tensorboard, or leave the flag out"
+        raise UserError(f"--tensorboard needs the package tensorboard ({error}): {how}") from None
 
 
 def rows_of(path: Path) -> list[dict]:

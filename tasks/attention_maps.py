@@ -52,9 +52,9 @@ def on_patches(model, maps: Tensor) -> Tensor:
 def attention_maps(model, image, question: str = "") -> Tensor:
     """Where each query attends to in an image, in each cross-attention: (C, Q, h, w), the mean over the heads.
 
-    question: for a model whose Q-Former reads it too.
+    image: or `EncodedImages` of one. question: for a model whose Q-Former reads it too.
     """
-    tokens = model.encode_image([image]).tokens
+    tokens = model.encode_image(image).tokens
     with model.autocast(), recorded_attention(model.qformer) as seen:
         encode_queries(model, model.image_kv(tokens), question if model.conditioned else None)
     return on_patches(model, torch.cat(seen).float().mean(dim=1))

@@ -4,14 +4,17 @@ from pathlib import Path
 
 from blip2 import Blip2
 from data import sample_rng
-from engine.distributed import barrier, print0, rank
-from engine.log import rows_of
+from engine.distributed import barrier, print0, rank, world_size
+from engine.files import read_json, write_json
+from engine.log import loss_bounds, model_summary, rows_of
 from engine.stop import at_once
 from sources.annotations import Mixture, ShapesSource, open_images
 from tasks.batches import encoded_batches
 from tasks.captions import captioning
 from tasks.presets import REPORTS, provenance, write_result
+from tasks.report import read_run, write_report
 from tasks.retrieval import retrieval
+from tasks.samples import samples
 from tasks.shapes_qa import shapes_captioning, shapes_vqa
 from tasks.vqa import vqa
 
@@ -44,17 +47,17 @@ def mean_recall(numbers: dict) -> float:
     return sum(values) / len(values)
 
 
-def control(result: dict) -> str:
-    """What the headline would be without looking at the images."""
+def control(result: dict) -> tuple[str, float]:
+    """What the headline would be without looking at the images: its name, and the number."""
     if result["task"] == "retrieval":
-        return f"chance {mean_recall(result['chance']):.1f} %"
+        return "chance", mean_recall(result["chance"])
     if result["task"] == "vqa":
-        return f'always "{result["majority answer"]:.20}": {result["accuracy of the majority answer"]:.1f} %'
+        return f'always "{result["majority answer"]:.20}":', result["accuracy of the majority answer"]
     if result["task"] == "answers":
-        return f"majority answers: {result['accuracy']['the majority answer']['all']:.1f} %"
+        return "majority answers:", result["accuracy"]["the majority answer"]["all"]
     if result["task"] == "captions":
-        return f"shuffled images: {result['shuffled images']['CIDEr']:.1f}"
-    return f"shuffled images: {result['correct captions of shuffled images']:.1f} %"
+        return "shuffled images:", result["shuffled images"]["CIDEr"]
+    return "shuffled images:", result["correct captions of shuffled images"]
 
 
 def validate(model: Blip2, val: Mixture, cfg, objectives, workers: int, step: int, best: float, save, log) -> float:
@@ -65,16 +68,43 @@ def validate(model: Blip2, val: Mixture, cfg, objectives, workers: int, step: in
     print0(validation_lines(model, val, result, step, score > best))
     if score > best:
         save(step, score, is_best=True)
-    log.write({"step": step, "validation": result, name.replace(" ", "_"): score})
+    key = name.replace(" ", "_")
+    log.write({"step": step, "validation": result, key: score, "control": control(result)})
     if rank() == 0:
-        warn_of_overfitting(log.path, name.replace(" ", "_"), cfg)
+        rows = rows_of(log.path)
+        warn_of_overfitting(rows, key, cfg)
+        report(log.path.parent, model, val, cfg, objectives, log.path.parent, rows)
     return max(score, best)
 
 
-def warn_of_overfitting(path: Path, key: str, cfg) -> None:
-    """Say at the third validation in a row that is not the best, the sixth, ... what helps. path: of log.jsonl, which
+def report(run: Path, model: Blip2, val: Mixture | None, cfg, objectives, weights: Path, rows=None, final=None) -> None:
+    """Draw run/report.html, on rank 0. If that fails, a sentence says why, and the training goes on.
+
+    weights: the folder whose weights the model has; rows: of log.jsonl, if they have been read; final: at the end of
+    the training, the table of the final evaluation."""
+    if rank() > 0:
+        return
+    was_training = model.training
+    try:
+        words = (model.qformer if model.llm is None else model.llm).cfg.vocab_size
+        candidates = cfg.batch if cfg.gradcache else (cfg.micro_batch or cfg.batch // world_size()) * world_size()
+        found = {"parts": model_summary(model), "bounds": loss_bounds(objectives, candidates, words)}
+        found |= {"step": read_json(weights / "config.json")["step"], "evaluation": final}
+        found |= samples(model, val, cfg.stage, objectives) if val is not None else {}
+        write_json(run / "samples.json", found)
+        write_report([read_run(run, rows)], run / "report.html")
+        if final is not None:
+            print0(f"report: {run / 'report.html'}")
+    except Exception as error:  # whatever it is, the training is worth more
+        print0(f"{run / 'report.html'} was not drawn ({type(error).__name__}: {error})")
+    finally:
+        model.train(was_training)
+
+
+def warn_of_overfitting(rows: list[dict], key: str, cfg) -> None:
+    """Say at the third validation in a row that is not the best, the sixth, ... what helps. rows: of log.jsonl, which
     a resumed run continues."""
-    scores = {row["step"]: row[key] for row in rows_of(path) if key in row}
+    scores = {row["step"]: row[key] for row in rows if key in row}
     best = max(scores, key=scores.get)
     worse = sum(step > best for step in scores)
     if worse and worse % 3 == 0:
@@ -88,7 +118,8 @@ def warn_of_overfitting(path: Path, key: str, cfg) -> None:
 def validation_lines(model: Blip2, val: Mixture, result: dict, step: int, is_best: bool) -> str:
     """A validation in a few lines: its numbers beside those of chance, and two examples if the model can write."""
     name, score = headline(result)
-    numbers = f"{name} {score:.1f}{'' if name == 'CIDEr' else ' %'} ({control(result)}){', the best so far' * is_best}"
+    unit, (blind, value) = "" if name == "CIDEr" else " %", control(result)
+    numbers = f"{name} {score:.1f}{unit} ({blind} {value:.1f}{unit}){', the best so far' * is_best}"
     lines = [f"validation at step {step}: {numbers} ({result['seconds']:.0f} s)"]
     for ranking, by in (("itc", "ITC"), ("reranked", "ITM")):
         if ranking in result:
@@ -111,10 +142,11 @@ def validation_lines(model: Blip2, val: Mixture, result: dict, step: int, is_bes
 
 def final_evaluation(model: Blip2, val: Mixture | None, cfg, objectives, workers: int, run: Path) -> dict | None:
     """Evaluate the best model of a run on the test split of the shapes world, or on the validation images; on held-out
-    images with the few candidates of a validation, because 128 of them take long."""
+    images with the few candidates of a validation, because 128 of them take long. Then draw the report."""
     if cfg.data == ["shapes"]:
         val = open_images(["shapes"], "test", cfg.image_size, questions=cfg.stage == "vqa")
     if val is None or not {"itc", "lm"} & set(objectives):  # without ITC there is nothing to rank by
+        report(run, model, val, cfg, objectives, run, final="")
         return None
     if count := cfg.test_images:  # the first, with all their captions or questions; of twins both
         ids, cached = [val.image_id(row) for row in range(len(val))], val.cached
@@ -133,4 +165,5 @@ def final_evaluation(model: Blip2, val: Mixture | None, cfg, objectives, workers
         files = cfg.data if cfg.data == ["shapes"] or cfg.val_photos else [cfg.val_data]
         write_result(run / name, provenance(model, weights, val, files) | result)
     print0(table(result))
+    report(run, model, val, cfg, objectives, weights, final=table(result))
     return result

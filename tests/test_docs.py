@@ -16,7 +16,7 @@ import train
 from engine.errors import UserError
 from tools import data, results, weights
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
 README = PAGES[0].read_text()
 SMALL = ["--steps", "2", "--batch", "4", "--queries", "2", "--eval-every", "0"]
 
@@ -175,5 +175,5 @@ def test_the_readme_is_short():
 
 
 def test_no_page_has_a_path_of_somebodys_machine():
-    for path in [*PAGES, *Path(ROOT / "assets/logs").glob("*")]:
+    for path in [*PAGES, *Path(ROOT / "assets/logs").glob("*"), *Path(ROOT / "course/logs").glob("*")]:
         assert not re.search(r"(/home/|/root/|/tmp/|/Users/)", path.read_text()), path

@@ -16,17 +16,18 @@ BUDGET = {
     "bench.py": 530,
     "engine/checkpoint.py": 210, "engine/cuda_graph.py": 40, "engine/device.py": 100, "engine/distributed.py": 190,
     "engine/errors.py": 150, "engine/files.py": 230, "engine/gradcache.py": 100, "engine/health.py": 50,
-    "engine/kernels.py": 80, "engine/lock.py": 80, "engine/log.py": 240, "engine/progress.py": 40,
+    "engine/kernels.py": 80, "engine/lock.py": 80, "engine/log.py": 250, "engine/progress.py": 40,
     "engine/stop.py": 110,
     "sources/annotations.py": 340, "sources/images.py": 200, "sources/layouts.py": 390, "sources/shapes.py": 350,
     "sources/text.py": 220,
     "weights/configs.py": 330, "weights/export.py": 220, "weights/load.py": 270, "weights/open.py": 330,
     "weights/runs.py": 110, "weights/tables.py": 410,
-    "tasks/attention_maps.py": 150, "tasks/batches.py": 180, "tasks/captions.py": 90, "tasks/features.py": 170,
-    "tasks/metrics.py": 270, "tasks/presets.py": 80, "tasks/retrieval.py": 160, "tasks/shapes_qa.py": 190,
-    "tasks/validation.py": 140, "tasks/vqa.py": 150,
-    "tools/data.py": 150, "tools/figures.py": 250, "tools/make_tiny.py": 440, "tools/results.py": 260,
-    "tools/weights.py": 110,
+    "tasks/attention_maps.py": 150, "tasks/batches.py": 180, "tasks/captions.py": 90, "tasks/charts.py": 90,
+    "tasks/features.py": 170, "tasks/metrics.py": 270, "tasks/presets.py": 80, "tasks/report.py": 200,
+    "tasks/retrieval.py": 160, "tasks/samples.py": 100, "tasks/shapes_qa.py": 190, "tasks/validation.py": 170,
+    "tasks/vqa.py": 150,
+    "tools/data.py": 150, "tools/figures.py": 250, "tools/make_tiny.py": 440, "tools/report.py": 30,
+    "tools/results.py": 260, "tools/weights.py": 110,
 }  # fmt: skip
 STAGE2 = ("llm.py", "generate.py")
 LONG_FUNCTIONS = {"train.py:train": 110}  # the loop is read as one
@@ -97,7 +98,7 @@ def test_every_file_keeps_its_budget(path):
 
 
 def test_the_whole_is_counted_too():
-    assert sum(lines_of(name_of(path)) for path in FILES) <= 11_800
+    assert sum(lines_of(name_of(path)) for path in FILES) <= 12_200
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -256,7 +256,7 @@ def test_a_stop_leaves_a_validation_at_once_and_loses_nothing(tmp_path, monkeypa
         asked.append(1)
         if len(asked) == 1:
             signal.raise_signal(signal.SIGTERM)
-        return {"task": "vqa", "accuracy": 1.0, "seconds": 0}
+        return {"task": "vqa", "accuracy": 1.0, "majority answer": "", "accuracy of the majority answer": 0.0}
 
     monkeypatch.setattr(validation, "evaluate", interrupted)
     monkeypatch.setattr(validation, "validation_lines", lambda *_: "")
