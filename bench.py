@@ -62,7 +62,7 @@ from generate import generate
 from llm import OPT, OPTDecoder, T5Decoder
 from model import OBJECTIVES, Blip2Model
 from qformer import QFormerConfig
-from sources.annotations import open_images
+from sources.mixture import open_images
 from sources.text import BertTokenizer
 from train import build_optimizer, optimize
 from weights.open import build_qformer, load_bert, load_vit
@@ -174,7 +174,7 @@ def build_model(args: argparse.Namespace, with_llm: bool) -> Blip2:
     sizes = dict(image_width=encoder.cfg.width, num_queries=args.queries, dropout=args.dropout)
     torch.manual_seed(0)
     if args.bert == "bert-base":
-        qformer = build_qformer(QFormerConfig(**sizes), {".*": "random"}, args.device)
+        qformer = build_qformer("bert-base", QFormerConfig(**sizes), {}, {".*": "random"}, args.device)
     else:
         qformer = load_bert(args.bert, **sizes)[0]
     model = Blip2(encoder, qformer, BertTokenizer(TINY / "bert"), args.image_size)

@@ -83,6 +83,7 @@ class Blip2(Blip2Model):
         self.holds_vit = False  # is the ViT saved with the model? From `unfreeze_vit`
         self.vit_in_file: dict[str, Tensor] = {}  # of a trained ViT that is frozen in half precision now
         self.untrained_heads: tuple[str, ...] = ()  # objectives whose heads are untrained
+        self.sharded: tuple[str, ...] = ()  # frozen parts, "vit" or "llm", that are spread over all processes
         self.llm_tokenizer, self.template, self.llm_act = None, None, None  # from `attach_llm`
         self.prompt = ""  # that captions continue; from fine-tuning
 
@@ -98,13 +99,15 @@ class Blip2(Blip2Model):
         max_text_tokens: int = 32,
         precision: str = "fp32",
         device: str | torch.device = "cpu",
+        sharded: tuple[str, ...] = (),
         **qformer_sizes,
     ) -> tuple["Blip2", list[str]]:
         """An untrained model from a ViT and a BERT (see `weights.open`) -> the model, and the load reports.
 
+        sharded: frozen parts, "vit" or "llm", that are spread over all processes (engine/sharding.py).
         qformer_sizes: fields of QFormerConfig that differ from BERT's: num_queries, cross_every, dropout.
         """
-        encoder, vit_report, vit_source = load_vit(vit, vit_dtype(precision, device), device)
+        encoder, vit_report, vit_source = load_vit(vit, vit_dtype(precision, device), device, "vit" in sharded)
         qformer, bert_report, bert_source = load_bert(bert, image_width=encoder.cfg.width, **qformer_sizes)
         tokenizer = BertTokenizer(bert, max_text_tokens, qformer.cfg.vocab_size)
         check_size(image_size, encoder.cfg.patch_size, vit)
@@ -114,7 +117,7 @@ class Blip2(Blip2Model):
             f"got --max-text-tokens {max_text_tokens}, expected 3 to {longest}, the positions that {bert} has",
         )
         model = cls(encoder, qformer, tokenizer, image_size, embed_dim)
-        model.sources = {"vit": vit_source, "bert": bert_source}
+        model.sources, model.sharded = {"vit": vit_source, "bert": bert_source}, sharded
         return model.set_precision(precision, device), [vit_report, bert_report]
 
     @classmethod
@@ -129,23 +132,27 @@ class Blip2(Blip2Model):
         dropout: float | None = None,
         image_size: int | None = None,
         train_vit: bool = False,
+        sharded: tuple[str, ...] = (),
     ) -> "Blip2":
         """Open a run folder; a folder of transformers' Blip2ForConditionalGeneration or Blip2ForImageTextRetrieval; or
         a LAVIS checkpoint (.pth) with the folders it was trained over: `vit`, and `bert` or `llm`.
 
         vit, llm: paths of the frozen parts of a run, if they have moved. precision: "fp32", "bf16" or "fp16"; the
         frozen parts are read straight into it. dropout: of the Q-Former, by default the run's. image_size: by default
-        the checkpoint's; the position table is resized. train_vit: train the ViT too (see `unfreeze_vit`).
+        the checkpoint's; the position table is resized. train_vit: train the ViT too (see `unfreeze_vit`). sharded:
+        see `build`.
         """
         path = Path(path)
         found = describe(path, vit, bert, llm)
         report = print0 if found.table is not None else lambda *_: None  # a run has nothing to report
         dtype = vit_dtype("fp32" if train_vit else precision, device)
         if found.vit_config is not None:
+            held = f"--shard-vit: {path} holds a ViT that was trained with it, which is not sharded: leave the flag out"
+            expect("vit" not in sharded, held)
             encoder = empty_vit(str(path), found.vit_config, found.tensors, dtype, device)
             vit_source = Source(found.vit)
         else:
-            encoder, vit_report, vit_source = load_vit(found.vit, dtype, device)
+            encoder, vit_report, vit_source = load_vit(found.vit, dtype, device, "vit" in sharded)
             report(vit_report)
         fresh = found.table.fresh if found.table is not None else {}
         sizes = found.qformer if dropout is None else replace(found.qformer, dropout=dropout)
@@ -159,6 +166,7 @@ class Blip2(Blip2Model):
         )
         model.sources = {"vit": vit_source, "bert": Source(found.bert)}
         model.untrained_heads, model.holds_vit = found.untrained_heads, found.vit_config is not None
+        model.sharded = sharded
         model.vit.requires_grad_(train_vit)
         model.set_precision(precision, device)
         if found.llm is not None:
@@ -193,7 +201,8 @@ class Blip2(Blip2Model):
             f"{spec} has a tokenizer of {tokenizer.vocab_size} words and weights of {cfg.vocab_size}, expected no more "
             "words than weights: use the model's own tokenizer",
         )
-        llm, report, source = load_llm(spec, self.amp_dtype or torch.float32, self.device, act)
+        where = self.amp_dtype or torch.float32, self.device
+        llm, report, source = load_llm(spec, *where, act, "llm" in self.sharded)
         self.add_llm(llm)
         self.sources["llm"], self.llm_act, self.llm_tokenizer = source, act, tokenizer
         self.template = template or llm.prompt_format.template

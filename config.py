@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.checkpoint import checkpoints, read_state
+from engine.checkpoint import checkpoints, everywhere, read_state
 from engine.device import DEVICES, PRECISIONS
 from engine.distributed import RESTARTS, TIMEOUT, gather_objects, print0, rank, world_size
 from engine.errors import Parser, UserError, expect
@@ -34,8 +34,9 @@ from recipes import (
     recipe_values,
     scaled,
 )
-from sources.annotations import check_spec
+from sources.mixture import check_spec
 from weights.configs import check_run, llm_config, read_config
+from weights.open import find_vit
 from weights.runs import relocated
 
 BEFORE = {"2": "1", "retrieval": "1", "caption": "2", "vqa": "2"}  # stage -> that of the run which --init names
@@ -83,6 +84,8 @@ class TrainConfig:
     bert: str = flag(f"{TINY}/bert", "BERT folder that the Q-Former starts from", resume=True)
     llm: str = flag(f"{TINY}/opt", "frozen language model: a folder, or a name for random weights", stages=WITH_LLM,
                     resume=True)  # fmt: skip
+    shard_vit: bool = flag(False, "spread the frozen ViT over all processes", resume=True)
+    shard_llm: bool = flag(False, "spread the language model over all processes", stages=WITH_LLM, resume=True)
     freeze_vit: bool | None = flag(None, "leave the ViT frozen", stages=FINE_TUNING)
     image_size: int | None = flag(None, "pixels a side", SIDE)
     queries: int | None = flag(None, "learned queries", SIDE)
@@ -91,9 +94,11 @@ class TrainConfig:
     max_text_tokens: int = flag(32, "longer texts are truncated", AT_LEAST_1)
     dropout: float | None = flag(None, "of the Q-Former", BELOW_1)
 
-    data: list[str] = flag(["shapes"], "shapes, an annotation file or a folder; may be repeated", NOT_EMPTY,
-                           resume=True)  # fmt: skip
+    data: list[str] = flag(["shapes"], "shapes, an annotation file, a folder, tar shards; several: each may have a "
+                           "weight, as FILE:2", NOT_EMPTY, resume=True)  # fmt: skip
     images: list[str] = flag([], "folders of the images, if not beside the file; may be repeated", resume=True)
+    caption_field: str = flag("", "of tar shards: the JSON field with the captions; by default the .txt, or caption")
+    shuffle_shards: int = flag(0, "of tar shards: read this many at a time, for slow disks; 0: all", AT_LEAST_0)
     val_data: str = flag("", "annotations to validate on", resume=True)
     val_photos: int | None = flag(None, "or: hold out this many images of --data", AT_LEAST_0)
     test_images: int = flag(0, "images of the final evaluation, 0 for all", AT_LEAST_0, resume=True)
@@ -110,7 +115,8 @@ class TrainConfig:
     steps: int | None = flag(None, "optimizer steps; what is counted in steps is scaled with them", AT_LEAST_1)
     epochs: float | None = flag(None, "or: how often each caption, or question, is shown", ABOVE_0)
     batch: int | None = flag(None, "global batch of a step, over all ranks", AT_LEAST_1)
-    micro_batch: int = flag(0, "images a rank takes at once; 0: its share of --batch, less accumulates", AT_LEAST_0)
+    micro_batch: int = flag(0, "images a rank takes at once; 0: its share of --batch, less accumulates", AT_LEAST_0,
+                            resume=True)  # fmt: skip
     lr: float | None = flag(None, "peak learning rate", ABOVE_0, resume=True)
     min_lr: float | None = flag(None, "learning rate at the end of the cosine", AT_LEAST_0)
     warmup: int | None = flag(None, "steps from 0 to the peak", AT_LEAST_0)
@@ -218,11 +224,9 @@ def check_types(saved: dict, where: str) -> None:
 
 
 def run_folder(cfg: TrainConfig) -> Path:
-    """--out, or runs/stage1, runs/stage2, runs/caption, ...; a new run must not find another there."""
+    """--out, or runs/stage1, runs/stage2, runs/caption, ..."""
     run = Path(cfg.out or "runs/" + (cfg.stage if cfg.stage in FINE_TUNING else f"stage{cfg.stage}"))
     expect(not os.path.exists(run) or os.path.isdir(run), f"--out {run} is a file, expected a folder: pass another")
-    holds = f"{run} holds a run: pass --resume to continue it, --out to start another, or --overwrite"
-    expect(cfg.resume or cfg.overwrite or restarted(run) or not checkpoints(run), holds)
     return run
 
 
@@ -232,9 +236,11 @@ def restarted(run: Path) -> bool:
 
 
 def continues(run: Path, cfg: TrainConfig) -> bool:
-    """Is the run in this folder to be continued?"""
+    """Is the run in this folder to be continued? A new run must not find another there."""
     asked, found = bool(cfg.resume) or restarted(run), bool(checkpoints(run))
     asked, found = gather_objects((asked, found))[0]  # the disk may not show the same to all
+    holds = f"{run} holds a run: pass --resume to continue it, --out to start another, or --overwrite"
+    expect(asked or cfg.overwrite or not found, holds)
     none = f"--resume: {run} has no checkpoint yet: leave --resume out to start it, or pass --resume auto"
     expect(found or RESTARTS or cfg.resume != "always", none)
     return asked and found
@@ -310,9 +316,10 @@ def choose_recipe(cfg: TrainConfig, llm: str, image_width: int, images: int) -> 
             llm_cfg = llm_config(llm)[0]
             column += paper_column(cfg.stage, llm_cfg)
             why += f" and the language model has width {llm_cfg.width}"
-        elif cfg.stage == "retrieval":
-            column += ", ViT-g" if image_width > 1024 else ", ViT-L"
-            why += f" and the ViT has width {image_width}"
+        else:
+            width = image_width or find_vit(cfg.vit)[0].width  # no run is started from in stage 1
+            column += ", ViT-g" if width > 1024 else ", ViT-L"
+            why += f" and the ViT has width {width}"
     return f"{'' if cfg.stage in FINE_TUNING else 'stage '}{cfg.stage}, {column}", why
 
 
@@ -379,10 +386,10 @@ def inherit(cfg: TrainConfig, given: set[str]) -> dict:
 def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, Path, dict]:
     """An old run -> its configuration, the folder of its newest checkpoint, its train state.
 
-    Refuses flags that would make another run of it, and another number of processes. Data and frozen parts may have
-    moved: `restore` compares their hashes.
+    Refuses flags that would make another run of it. Data and frozen parts may have moved: `restore` compares their
+    hashes. The number of processes may be another (see `share_out`).
     """
-    folder = gather_objects(checkpoints(run)[-1])[0]  # the disk may show other ranks another
+    folder = everywhere(gather_objects(checkpoints(run)[-1:])[0][0])
     state = read_state(folder)
     config, where = read_config(folder), folder / "config.json"
     check_run(config, where)
@@ -392,14 +399,31 @@ def resume(run: Path, cfg: TrainConfig, given: set[str]) -> tuple[TrainConfig, P
     other = [name for name in given - may_change if getattr(saved, name) != getattr(cfg, name)]
     was = ", ".join(f"{dashed(name)} {getattr(saved, name)}" for name in other)
     expect(not other, f"--resume: {run} was started with {was}: leave those flags out, or start another run with --out")
-    ranks = len(state["rng"])
-    trained = f"{run} was trained by {ranks} processes, here are {world_size()}"
-    expect(ranks == world_size(), f"--resume: {trained}: start it with torchrun --nproc_per_node {ranks}")
     print0(f"resuming {run} at step {state['step']}")
     changed = {name: getattr(cfg, name) for name in given & may_change}
+    changed["micro_batch"] = share_out(saved, len(state["rng"]), changed.get("micro_batch", 0))
     if "lr" in changed:  # the rate never rises
         changed["min_lr"] = min(saved.min_lr, cfg.lr)
     return dataclasses.replace(saved, **changed), folder, state
+
+
+def share_out(saved: TrainConfig, ranks: int, asked: int) -> int:
+    """--micro-batch with which a run of so many ranks goes on here. ITC and ITM compare as many images as before; where
+    they compare those of a whole step, or none, a process takes no more at once than `asked`, or than before."""
+    world, before = world_size(), saved.micro_batch or max(1, saved.batch // ranks)
+    alone = saved.gradcache or saved.stage in WITH_LLM  # no micro-batch sees another
+    whole = saved.batch if alone else before * ranks
+    if world != ranks:
+        fitting = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        images = f"--batch {whole} does" if alone else f"{whole} images, which ITC and ITM compare at a time, do"
+        expect(whole % world == 0, f"--resume: {images} not divide into {world} processes: start one of {fitting}")
+        goes_on = "samples and losses go on; dropout draws other random numbers"
+        print0(f"resumed with {world} process(es) instead of {ranks}: {goes_on}")
+    most = min(asked or before, whole // world) if alone else whole // world
+    micro_batch = max(n for n in range(1, most + 1) if whole // world % n == 0)
+    if asked not in (0, micro_batch):
+        print0(f"--micro-batch {asked} is {micro_batch} now, so that as many images are compared as before")
+    return 0 if micro_batch * world == saved.batch else micro_batch
 
 
 def saved_config(saved: dict, where: str | Path = "config.json") -> TrainConfig:
@@ -446,6 +470,8 @@ def check(cfg: TrainConfig) -> None:
         for name in ("cache_features", "gradcache"):
             trained = f"{dashed(name)} keeps the tokens of a frozen ViT, here it is trained: add --freeze-vit"
             expect(not getattr(cfg, name), trained)
+        trained = "--shard-vit spreads a frozen ViT, here it is trained: add --freeze-vit, or leave the flag out"
+        expect(not cfg.shard_vit, trained)
     alone = not cfg.gradcache or "itc" in cfg.losses.split(",")
     expect(alone, f"--gradcache is for ITC, which --losses {cfg.losses} leaves out: leave it out too")
     share = cfg.batch / world_size()

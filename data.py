@@ -22,8 +22,9 @@ from engine.device import cores
 from engine.distributed import print0
 from engine.errors import UserError, expect
 from engine.stop import unheard
-from sources.annotations import Mixture, Target, open_images
+from sources.annotations import Target
 from sources.images import eval_transform, open_image
+from sources.mixture import Mixture, open_images
 from sources.text import BertTokenizer, LLMTokenizer, clean_caption, pad, split_prefix
 
 # --- the batch of each stage -----------------------------------------------------------------------------------------
@@ -159,10 +160,10 @@ class TrainSet(Dataset):
         for attempt in range(tries):
             row = (index + attempt) % len(self.images)
             rng, sample = sample_rng(self.seed, position), self.images[row]
-            target = sample.sample_text(rng)
             try:
+                target = sample.sample_text(rng)
                 if self.images.cached:
-                    return target, row, self.images.cached.tokens(self.images.chosen[[row]])[0], broken
+                    return target, row, self.images.cached.tokens(self.images.rows([row]))[0], broken
                 return target, row, sample.augment(self.image_size, rng), broken
             except UserError as error:
                 broken.append((sample.name, str(error)))
@@ -203,61 +204,78 @@ class ImageFiles:
 class StepSampler(Sampler):
     """Which samples a rank sees, step by step, micro-batch by micro-batch; it can start at any step.
 
-    Each epoch is a new permutation of the samples, cut into global batches; the tail is dropped. Captions of a global
-    batch have similar lengths (sorted within WINDOW batches), so that little padding is computed: on Flickr8k 16 tokens
-    a text instead of 32. The order of the global batches is random again. Twins of the shapes world stay in one batch,
-    so that ITC and ITM have to tell them apart.
+    Position p of a training is a draw from one of the sets, by their shares; each set goes through its samples in an
+    order that is new in each epoch (`Mixture.drawn`). All of it is a pure function of the seed, so nothing is stored.
+    Captions of a global batch have similar lengths (sorted within WINDOW batches), so that little padding is computed:
+    on Flickr8k 16 tokens a text instead of 32. Each set is sorted by itself, so that a batch has its share of all. The
+    order of the batches of a window is random again. Twins of the shapes world stay in one batch, so that ITC and ITM
+    have to tell them apart.
     """
 
     WINDOW = 16
 
     def __init__(
-        self, images: Mixture, seed: int, batch: int, accumulate: int, steps: int, start: int, rank: int, world: int
-    ):
-        self.images, self.seed, self.steps, self.start = images, seed, steps, start
+        self, images: Mixture, seed: int, batch: int, accumulate: int, steps: int, start: int, rank: int, world: int,
+        together: int = 0,
+    ):  # fmt: skip
+        """together: shards that are read at a time (--shuffle-shards); 0: all."""
+        self.images, self.seed, self.steps, self.start, self.together = images, seed, steps, start, together
         self.batch, self.accumulate, self.rank, self.world = batch, accumulate, rank, world
-        self.global_batch, self.shuffled = batch * accumulate * world, (-1, None)
-        self.per_epoch = len(images) // images.group_size * images.group_size // self.global_batch
+        self.global_batch = batch * accumulate * world
+        self.per_epoch = len(images) / self.global_batch
         expect(
-            self.per_epoch > 0,
+            self.per_epoch >= 1,
             f"{len(images)} images are fewer than one step's {self.global_batch} ({batch} x {accumulate} accumulated x "
             f"{world} processes): pass a smaller --batch",
         )
+        sets = len(images.parts)
+        few = f"got {sets} sets of --data for a batch of {self.global_batch}, expected {sets * (sets - 1)} or more"
+        expect(sets * (sets - 1) <= self.global_batch, f"{few}: pass a larger --batch")  # else draws could go back
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate
 
     def __iter__(self):
         for step in range(self.start, self.steps):
-            epoch, number = divmod(step, self.per_epoch)
-            window, place = divmod(number, self.WINDOW)
+            window, place = divmod(step, self.WINDOW)
             if place == 0 or step == self.start:
-                batches = self.window(epoch, window)
+                batches = self.window(window)
             for part in range(self.accumulate):  # this rank's rows of each micro-batch
                 begin = (part * self.world + self.rank) * self.batch
                 yield batches[place][begin : begin + self.batch]
 
-    def window(self, epoch: int, window: int) -> list[list[tuple[int, int]]]:
+    def window(self, number: int) -> list[list[tuple[int, int]]]:
         """The global batches of one window, in order, each of (position, index) pairs."""
-        together, size = self.images.group_size, self.WINDOW * self.global_batch
-        if self.shuffled[0] != epoch:  # takes a second for millions of images, so only once
-            groups = np.random.default_rng([self.seed, epoch]).permutation(len(self.images) // together)
-            order = (groups[:, None] * together + np.arange(together)).flatten()
-            self.shuffled = epoch, order[: self.per_epoch * self.global_batch]
-        chosen = self.shuffled[1][window * size : (window + 1) * size].tolist()
-        samples = list(enumerate(chosen, start=epoch * len(self.images) + window * size))
-        groups = [samples[i : i + together] for i in range(0, len(samples), together)]
-        if not self.images.asks:  # questions of one kind have one length: such a batch would pull one way
-            groups.sort(key=lambda group: max(map(self.caption_length, group)))
-        samples = sum(groups, [])
+        size, images, group = self.WINDOW * self.global_batch, self.images, self.images.group_size
+        position, last = number * size, min((number + 1) * size, self.steps * self.global_batch)
+        count, last = last - position, last + -last % group  # no group is cut; what is too much is left out below
+        groups, places = [], []  # of samples that stay together, and where in the window
+        for part, (first, end) in enumerate(zip(images.draws(position), images.draws(last))):
+            drawn = images.drawn(part, np.arange(first, end), self.seed, self.together)
+            positions = position + np.arange(len(drawn))
+            position += len(drawn)
+            pairs = np.stack((positions, drawn), axis=1).reshape(-1, group, 2)
+            if not images.asks:  # questions of one kind have one length: such a batch would pull one way
+                words = images.words(part, drawn, (sample_rng(self.seed, p) for p in positions.tolist()))
+                pairs = pairs[np.reshape(words, (-1, group)).max(axis=1).argsort(kind="stable")]
+            groups.append(pairs)
+            places.append((np.arange(len(pairs)) + 0.5) / max(1, len(pairs)))  # each set spreads over all batches
+        order = np.concatenate(places).argsort(kind="stable")
+        samples = list(map(tuple, np.concatenate(groups)[order].reshape(-1, 2)[:count].tolist()))
         batches = [samples[i : i + self.global_batch] for i in range(0, len(samples), self.global_batch)]
-        rng = np.random.default_rng([self.seed, epoch, window])
+        rng = np.random.default_rng([self.seed, number])
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def caption_length(self, sample: tuple[int, int]) -> int:
-        """Words of the caption that the sample will show."""
-        position, index = sample
-        return len(self.images[index].sample_text(sample_rng(self.seed, position))[1].split())
+    def shares(self) -> list[str]:
+        """A line for each of several sets: its size, its share of a batch, how often it is shown."""
+        if len(self.images.parts) == 1:
+            return []
+        shares, shown = self.images.shares(), self.images.draws(self.steps * self.global_batch)
+        sizes = [np.ptp(self.images.blocks(part)) for part in range(len(self.images.parts))]
+        return [
+            f"  {part.name}: {size:,} images, {share:.1%} of each batch, each shown {count / size:,.2f} times"
+            for part, size, share, count in zip(self.images.parts, sizes, shares, shown)
+        ]
 
 
 def decoding_workers() -> int:
@@ -334,7 +352,7 @@ def split_validation(cfg, images: Mixture) -> tuple[Mixture, Mixture | None]:
 def open_with_answers(cfg, flag: str, specs: list[str], split: str) -> Mixture:
     """The images of a flag, with captions or questions. Refuses questions without answers, also in validation."""
     size = cfg.image_size or 64  # of the shapes world: it is drawn before the recipe is known, and resized
-    images = open_images(specs, split, size, cfg.images, questions=cfg.stage == "vqa")
+    images = open_images(specs, split, size, cfg.images, questions=cfg.stage == "vqa", field=cfg.caption_field)
     count = sum(part.unanswered for part in images.parts)
     expect(
         not count,

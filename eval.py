@@ -21,6 +21,7 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -28,14 +29,15 @@ from PIL import Image
 from blip2 import TINY, Blip2, chunked
 from data import ImageFiles, decoding_workers, image_loader
 from engine.device import DEVICES, PRECISIONS, choose_precision, local_device
-from engine.distributed import print0, rank, start_processes
+from engine.distributed import gather_objects, print0, rank, start_processes
 from engine.errors import Parser, at_least_1, expect, run_command, shorten
 from engine.files import check_output, read_json, read_text, whole, write_json
 from engine.lock import locked
 from engine.progress import clock, progress
+from engine.sharding import sharded_parts
 from engine.stop import Stopped, state
-from sources.annotations import check_spec, open_images
 from sources.images import images_in, open_image
+from sources.mixture import check_spec, open_images
 from sources.shapes import SPLITS
 from sources.text import fill_template, is_string
 from tasks.attention_maps import draw_attention
@@ -113,9 +115,10 @@ def chat(model: Blip2, path: Path) -> None:
     print0(f"{path}: {model.caption(images)[0]}", "ask about it; an empty line ends the conversation")
     while True:
         try:
-            question = input("you: ").strip()
+            question = input("you: ").strip() if rank() == 0 else ""
         except (EOFError, Stopped):
             question = ""
+        question = gather_objects(question)[0]  # the terminal is rank 0's
         if not question:
             return
         (answer,) = model.ask(images, [*turns, question])
@@ -130,7 +133,8 @@ def evaluate(model: Blip2, args: argparse.Namespace, preset: dict, changed: dict
         model.need_llm()
     has_llm = f"{args.checkpoint} has a language model, for which its queries were trained since"
     expect(not retrieval or model.llm is None, f"{has_llm}: pass a run of stage 1 or of --stage retrieval")
-    images = open_images(args.data, preset["split"], model.image_size, args.images, questions, retrieval)
+    how_opened = dict(questions=questions, need_texts=retrieval, field=args.caption_field)
+    images = open_images(args.data, preset["split"], model.image_size, args.images, **how_opened)
     how = {key: value for key, value in preset.items() if key not in ("task", "split", "image_size")}
     own = {"image_size": model.image_size, "template": model.template, "prompt": model.prompt}
     resolved = {key: own.get(key) if value is None else value for key, value in preset.items()}
@@ -149,7 +153,7 @@ def evaluate(model: Blip2, args: argparse.Namespace, preset: dict, changed: dict
         return identity | TASKS[args.command](model, images, workers=workers_of(args), partial=partial, **how)
     except Stopped:
         if folder and partial.done:
-            state.advice = "type the same command again to go on"
+            state.advice = lambda: "type the same command again to go on"
         raise
 
 
@@ -164,28 +168,30 @@ def read_candidates(path: str) -> list[str]:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
+COMMANDS = {
+    "ask": "caption an image, or answer questions about it",
+    "retrieval": "recall at 1, 5, 10 in both directions",
+    "captions": "BLEU, ROUGE-L and CIDEr-D of captions",
+    "vqa": "accuracy of answers to the questions of an annotation file",
+    "answers": "correct answers in the shapes world",
+    "features": "write the features of all images of a folder",
+}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of all commands."""
     parser = Parser(prog="python eval.py", description=__doc__)
     parser.set_defaults(data=["shapes"], preset="", split=None, candidates=None, predictions=None, attention=None)
-    parser.set_defaults(repetition_penalty=None)
+    parser.set_defaults(repetition_penalty=None, caption_field="")
     commands = parser.add_subparsers(dest="command", required=True)
-    about = {
-        "ask": "caption an image, or answer questions about it",
-        "retrieval": "recall at 1, 5, 10 in both directions",
-        "captions": "BLEU, ROUGE-L and CIDEr-D of captions",
-        "vqa": "accuracy of answers to the questions of an annotation file",
-        "answers": "correct answers in the shapes world",
-        "features": "write the features of all images of a folder",
-    }
-    parsers = {command: commands.add_parser(command, help=text) for command, text in about.items()}
+    parsers = {command: commands.add_parser(command, help=text) for command, text in COMMANDS.items()}
 
-    def flag(name: str, where: tuple[str, ...], **settings) -> None:
-        for command in where:
+    def flag(names: str, where: tuple[str, ...], **settings) -> None:
+        for name, command in product(names.split(), where):
             parsers[command].add_argument(name, **settings)
 
     few = partial(at_least_1, most=4096)
-    every, preset, generated = tuple(about), tuple(TASKS), ("captions", "vqa")
+    every, preset, generated = tuple(COMMANDS), tuple(TASKS), ("captions", "vqa")
     opened = "a run, one of its checkpoints (runs/stage1/best, runs/stage1/step-000500), or a public checkpoint"
     flag("--checkpoint", ("ask",), default=os.path.relpath(TINY / "blip2"), help=opened)
     flag("--checkpoint", every[1:], required=True, help=opened)
@@ -195,6 +201,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--vit", every, help="the frozen encoder, if it is not where the run says")
     flag("--bert", every, help="for a .pth: the BERT folder")
     flag("--llm", every, help="the frozen language model, if it is not where the run says")
+    flag("--shard-vit --shard-llm", every, action="store_true", help="spread this frozen part over all processes")
     flag("--precision", every, default="auto", choices=("auto", *PRECISIONS))
     flag("--device", every, default="auto", choices=DEVICES)
     flag("--image-size", every, type=few, help="pixels a side, if not the checkpoint's")
@@ -217,6 +224,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     either = dict(action="append", default=argparse.SUPPRESS, help="an annotation file, or shapes; default shapes")
     flag("--data", preset, **either)
     flag("--images", preset, action="append", help="folder of the images, if not beside the file; may be repeated")
+    flag(
+        "--caption-field",
+        preset[:2],
+        default="",
+        help="of tar shards: the JSON field with the captions",
+    )
     flag("--split", (*preset, "answers"), help="of shapes and of Karpathy's files; default the preset's")
     flag("--k", ("retrieval",), type=at_least_1, help="how many candidates ITM re-ranks; default 128")
     flag("--rerank", ("retrieval",), choices=("itm", "itm+itc"), help="default itm, as in the paper")
@@ -268,7 +281,7 @@ def main(argv: list[str] | None = None) -> dict | list | None:
     preset, given = PRESETS.get(args.preset, {"image_size": None, "split": "test"}), vars(args)
     changed = {key: given[key] for key in preset if given.get(key) not in (None, preset[key])}
     preset = preset | changed
-    where = dict(device=device, precision=precision, image_size=preset["image_size"])
+    where = dict(device=device, precision=precision, image_size=preset["image_size"], sharded=sharded_parts(args))
     model = Blip2.from_pretrained(args.checkpoint, args.vit, args.bert, args.llm, **where)
     if args.command == "ask" and args.chat:
         return chat(model, Path(args.image))

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.cuda_graph import CUDAGraphed
-from engine.kernels import Linear, attention, linear, shared_attention
+from engine.kernels import Linear, TiedEmbedding, attention, shared_attention
+from engine.sharding import is_sharded
 from generate import KVCache
 from qformer import split_heads
 
@@ -123,7 +124,7 @@ class OPT(nn.Module):
         self.width = cfg.embed_width  # of the prompt's embeddings, before `project_in`
         self.max_positions = cfg.max_positions  # visual embeddings, prompt and text together
         self.grad_checkpointing = False  # recompute each block in the backward pass: slower, far less memory
-        self.word_embedding = nn.Embedding(cfg.vocab_size, cfg.embed_width)
+        self.word_embedding = TiedEmbedding(cfg.vocab_size, cfg.embed_width)
         self.position_embedding = nn.Embedding(cfg.max_positions + 2, cfg.width)  # row 0: unused, 1: padding
         projects = cfg.embed_width != cfg.width
         self.project_in = Linear(cfg.embed_width, cfg.width, bias=False) if projects else nn.Identity()
@@ -149,7 +150,7 @@ class OPT(nn.Module):
 
         prompt (B, n, L), prompt_mask (B, n) bool; target (B, T), right-padded, which needs no mask.
         """
-        x = torch.cat((prompt, self.embed(target[:, :-1])), dim=1)
+        x = torch.cat((prompt, self.word_embedding(target[:, :-1])), dim=1)
         real = F.pad(prompt_mask, (0, target.shape[1] - 1), value=True)
         x = self.read(x, real)[:, -target.shape[1] :]  # the prompt's last position predicts the first token
         return self.logits(x)
@@ -171,7 +172,7 @@ class OPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., L) -> (..., W); the output matrix is the word embedding."""
-        return linear(self.project_out(self.ln_final(x)), self.word_embedding.weight)
+        return self.word_embedding(self.project_out(self.ln_final(x)))
 
     def decoder_for(self, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> "OPTDecoder":
         """A decoder for generate.py."""
@@ -186,7 +187,8 @@ class LLMDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token (R,) to each row -> logits of the next (R, W)."""
-        logits = self.graphed(self.static_step, tokens)
+        sharded = is_sharded(self.model.word_embedding.weight)  # its gathering cannot be captured
+        logits = self.static_step(tokens) if sharded else self.graphed(self.static_step, tokens)
         self.cache.length += 1
         return logits
 
@@ -413,7 +415,7 @@ class T5(nn.Module):
     def forward(self, prompt: Tensor, prompt_mask: Tensor, target: Tensor) -> Tensor:
         """Logits (B, T, W) of the target's tokens; prompt (B, n, L), prompt_mask (B, n) bool; target (B, T)."""
         memory = self.read(prompt, prompt_mask)
-        x = self.embed(F.pad(target[:, :-1], (1, 0), value=self.cfg.pad_id))  # shifted right
+        x = self.word_embedding(F.pad(target[:, :-1], (1, 0), value=self.cfg.pad_id))  # shifted right
         rows = torch.arange(target.shape[1], device=target.device)
         x = self.decoder(x, rows, causal(rows, len(rows)), self.grad_checkpointing, *memory)
         return self.lm_head(x)

@@ -9,10 +9,12 @@ FINE_TUNING = ("caption", "vqa", "retrieval")
 CONTRASTIVE = ("1", "retrieval")
 
 # Paper 3.4 gives stage 1 no minimal rate and no clipping; 1e-5 is LAVIS's, whose stage 1 clips nothing, warms up for
-# 5,000 steps and takes beta2 0.999. The paper's batch is 1,680 with ViT-g, 2,320 with ViT-L.
+# 5,000 steps and takes beta2 0.999.
 PAPER_SIZES = dict(dropout=0.1, image_size=224, queries=32, embed_dim=256)
 TINY_SIZES = dict(dropout=0.0, image_size=64, queries=8, embed_dim=64)
 ADAMW = dict(beta2=0.98, weight_decay=0.05, clip=1.0)
+STAGE1 = dict(steps=250_000, lr=1e-4, min_lr=1e-5, warmup=2000, negatives_ramp=0, eval_every=5000, save_every=5000,
+              **ADAMW, **PAPER_SIZES)  # fmt: skip
 # With few images a run has no time for negatives that are too hard at first, and few passes, so that dropout only slows
 # it down (docs/own-images.md has the measurements). `fit_to` adds what depends on the number of images.
 SMALL = PAPER_SIZES | ADAMW | dict(lr=3e-4, min_lr=1e-5, dropout=0.0)
@@ -31,8 +33,8 @@ RETRIEVAL = dict(batch=224, image_size=364, negatives_ramp=0, epochs=5, **TUNING
 TINY_TUNING = TUNING | dict(steps=800, batch=32, lr=1e-4, warmup=50, image_size=64, vit_lr_decay=0.8,
                             grad_checkpointing=False, eval_every=400, save_every=800)  # fmt: skip
 RECIPES = {
-    "stage 1, paper": dict(steps=250_000, batch=1680, lr=1e-4, min_lr=1e-5, warmup=2000, negatives_ramp=0,
-                           eval_every=5000, save_every=5000, **ADAMW, **PAPER_SIZES),
+    "stage 1, paper, ViT-L": dict(batch=2320, **STAGE1),
+    "stage 1, paper, ViT-g": dict(batch=1680, **STAGE1),
     # For the shapes world over the tiny encoders: a few minutes on two CPU cores. A run this short has no time to lose
     # on negatives that are too hard at first.
     "stage 1, tiny": dict(steps=1890, batch=32, lr=1e-3, min_lr=1e-5, warmup=90, negatives_ramp=600,

@@ -37,7 +37,7 @@ from blip2 import Blip2
 from config import TrainConfig, begin, check, continues, parse_flags, resume, run_folder
 from data import Batch, StepSampler, TrainSet, collate_for, loader_workers, open_train, split_validation, train_loader
 from engine import stop
-from engine.checkpoint import clear, restore, save_checkpoint, tell_room
+from engine.checkpoint import advice, clear, finish_writing, restore, save_checkpoint, tell_room
 from engine.device import choose_precision, local_device, prepare_cpu
 from engine.distributed import all_max, gather_objects, print0, rank, start_processes, world_size
 from engine.errors import run_command
@@ -46,6 +46,7 @@ from engine.health import Health
 from engine.lock import locked
 from engine.log import Log, Meter, log_line, print_start
 from engine.progress import clock
+from engine.sharding import sharded_parts
 from model import Blip2Model
 from recipes import FINE_TUNING, SMALL_DATA, WITH_LLM
 from tasks.features import cache_tokens
@@ -147,7 +148,8 @@ def build_model(
     cfg: TrainConfig, objectives: tuple[str, ...], precision: str, device: torch.device, resumed_from: Path | None
 ) -> Blip2:
     """The model at the start of its stage; parts that no loss reaches are not trained."""
-    where, init = dict(device=device, precision=precision), "" if cfg.init == "none" else cfg.init
+    where = dict(device=device, precision=precision, sharded=sharded_parts(cfg))
+    init = "" if cfg.init == "none" else cfg.init
     train_vit = cfg.stage in FINE_TUNING and not cfg.freeze_vit
     if cfg.stage == "1" or not (init or resumed_from):
         sizes = dict(num_queries=cfg.queries, cross_every=cfg.cross_every, dropout=cfg.dropout)
@@ -212,8 +214,10 @@ def train(cfg: TrainConfig, given: set[str], run: Path) -> dict | None:
         for part in filter(None, (images, val)):
             part.cached = cache_tokens(model, part, run.parent / "features", loader_workers(cfg, part))
     workers, start = loader_workers(cfg, images), resumed["step"] if resumed else 0
-    sampler = StepSampler(images, cfg.seed, micro_batch, accumulate, cfg.steps, start, rank(), world_size())
-    print0(f"{len(images):,} training images, {sampler.per_epoch:,} steps an epoch, {workers} loader workers")
+    where = rank(), world_size(), cfg.shuffle_shards
+    sampler = StepSampler(images, cfg.seed, micro_batch, accumulate, cfg.steps, start, *where)
+    print0(f"{len(images):,} training images, {sampler.per_epoch:,.1f} steps an epoch, {workers} loader workers",
+           *sampler.shares())  # fmt: skip
     train_set = TrainSet(images, collate_for(cfg.stage, model), cfg.image_size, cfg.seed)
     batches = iter(train_loader(train_set, sampler, workers, pin=device.type == "cuda"))
 
@@ -232,12 +236,9 @@ def train(cfg: TrainConfig, given: set[str], run: Path) -> dict | None:
     log = Log(run, start, asdict(cfg), f"{device}, {precision}")
     meter, health = Meter(objectives, cfg.batch, len(images), device, trained_s), Health(cfg, TEMPERATURES)
 
-    launch = "python" if world_size() == 1 else f"torchrun --nproc_per_node {world_size()}"
-
     def save(step: int, best: float, is_best: bool = False) -> None:
         state = {"scaler": scaler.state_dict(), "trained_s": meter.trained_s, "best": float(best), "data": data}
         save_checkpoint(run, step, model, optimizer, state, cfg, is_best)
-        stop.state.advice = f"step {step} is saved; continue with: {launch} train.py --resume --out {run}"
 
     def validates(step: int) -> bool:
         return val is not None and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
@@ -247,6 +248,7 @@ def train(cfg: TrainConfig, given: set[str], run: Path) -> dict | None:
 
     # --- the loop
     stop.be_patient()
+    stop.state.advice = partial(advice, run)
     meter.window_s = time.perf_counter()
     for step in range(start + 1, cfg.steps + 1):
         stop.state.place = f"step {step}"
@@ -260,6 +262,7 @@ def train(cfg: TrainConfig, given: set[str], run: Path) -> dict | None:
         asked = int(all_max(torch.tensor(stop.state.asked)))  # a signal; on the CPU: the host does not wait
         if not (due or saves or asked):
             continue
+        finish_writing(wait=False)  # a full disk is told here
         rows = meter.read(step, scaled=scaler.is_enabled())
         log.write(*rows)
         hardness = hardness_at(step, cfg)
@@ -279,10 +282,13 @@ def train(cfg: TrainConfig, given: set[str], run: Path) -> dict | None:
 def main(argv: list[str] | None = None) -> dict | None:
     """The command line."""
     cfg, given = parse_flags(argv, __doc__.split("\n")[0])
-    start_processes(cfg.timeout)
     run = run_folder(cfg)
+    start_processes(cfg.timeout, run)
     with nullcontext() if cfg.write_config else locked(run):
-        return train(cfg, given, run)
+        try:
+            return train(cfg, given, run)
+        finally:
+            finish_writing()
 
 
 if __name__ == "__main__":

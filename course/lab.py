@@ -42,7 +42,7 @@ from engine.errors import Parser, at_least_1, expect, run_command  # noqa: E402
 from engine.files import whole, write_json  # noqa: E402
 from engine.log import loss_bounds, rows_of  # noqa: E402
 from engine.progress import clock  # noqa: E402
-from sources.annotations import Mixture, open_images  # noqa: E402
+from sources.mixture import Mixture, open_images  # noqa: E402
 from tasks.batches import evaluation  # noqa: E402
 from tasks.retrieval import retrieval  # noqa: E402
 from tasks.shapes_qa import shapes_captioning, shapes_vqa  # noqa: E402
@@ -159,7 +159,7 @@ def some_images(small: bool) -> Mixture:
 def measure(model, objectives: tuple[str, ...], small: bool) -> dict:
     """The numbers of a trained model, in per cent."""
     images = some_images(small)
-    plain = Mixture(images.parts, images.chosen[: len(images) // 2])
+    plain = images.subset(np.arange(len(images) // 2))
     if "lm" in objectives:
         found = shapes_vqa(model, plain)
         names = {"answers": "the image", "blank image": "a blank image", "another image": "another image"}

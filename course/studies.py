@@ -18,8 +18,8 @@ from course import changes
 from engine.files import remove
 from engine.log import rows_of
 from sources import shapes
-from sources.annotations import Mixture, open_images
 from sources.images import eval_transform
+from sources.mixture import open_images
 from sources.text import clean_caption
 from tasks.metrics import bleu, caption_words, cider, rouge_l
 from tasks.shapes_qa import shapes_vqa, true_captions
@@ -207,7 +207,7 @@ def controls(lab) -> dict:
     """The tiny model's answers to questions, beside those without the right image."""
     model, images = Blip2.from_pretrained(TINY / "blip2"), open_images(["shapes"], "test", 64)
     if lab.small:
-        images = Mixture(images.parts, images.chosen[::50])
+        images = images.subset(np.arange(0, len(images), 50))
     shares = shapes_vqa(model, images)["accuracy"]
     names = ("the majority answer", "a blank image", "another image", "the image", "the true caption as text")
     rows = {name: {subset: [share] for subset, share in shares[name].items()} for name in names}

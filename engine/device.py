@@ -72,14 +72,14 @@ def prepare_cpu(processes: int) -> None:
         torch.set_num_threads(cores())
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep freed buffers. By default large ones go back to the system and return page by page: on a CPU a
-    third of a training step. No effect outside Linux."""
+def keep_freed_memory(most: int = 2**31 - 1) -> None:
+    """Make glibc keep freed buffers of up to so many bytes. By default large ones go back to the system and return page
+    by page: on a CPU a third of a training step. No effect outside Linux."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: buffers up to 2 GB come from the heap
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is kept
+            libc.mallopt(-3, most)  # M_MMAP_THRESHOLD: such buffers come from the heap
+            libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: whose top is kept
 
 
 def peak_gigabytes(device: torch.device) -> float:

@@ -4,11 +4,14 @@ Letters: B rows of this rank, N rows of all ranks.
 """
 
 import ctypes
+import glob
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,7 +22,9 @@ from engine.stop import request
 
 TIMEOUT = 10.0  # minutes that a rank waits for the others
 LAUNCHER = os.getppid()  # torchrun, if it has started this process
+BEGAN = time.time()
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by `torchrun --max-restarts`, so far
+UNITS: list = []  # the modules that engine/sharding.py has spread over the ranks, in the same order on all of them
 
 
 def started() -> tuple[int, int]:
@@ -27,27 +32,51 @@ def started() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_processes(timeout: float = TIMEOUT) -> None:
+def start_processes(timeout: float = TIMEOUT, run: Path | None = None) -> None:
     """Join the process group if torchrun started several processes. timeout: minutes that a rank waits in a collective
-    for the others; then it fails, and torchrun ends all."""
+    for the others; then it fails, and torchrun ends all. run: where NCCL then writes what each rank did last."""
     number, size = started()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks stop too
     if size > 1 and not dist.is_initialized():
         # NCCL for tensors on GPUs, gloo for the few numbers that stay on the host.
         kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if run is not None and torch.cuda.is_available():
+            record_flight(run)
         group = dict(store=store(), rank=number, world_size=size)
         dist.init_process_group(kind, timeout=timedelta(minutes=timeout), **group)
 
 
+def record_flight(run: Path) -> None:
+    """Have NCCL's flight recorder write run/flight-rank0, ... when a collective times out, unless the user has set it
+    up. (Names that PyTorch 2.11 and 2.13 read, with older ones.)"""
+    for value, *names in (
+        ("2000", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"),  # collectives
+        (str(run / "flight-rank"), "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+        ("1", "TORCH_NCCL_DUMP_ON_TIMEOUT"),
+    ):
+        if not os.environ.keys() & set(names):
+            os.environ[names[0]] = value
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"  # with torchrun's 1 the collectives end before they are written
+
+
+def flights() -> str:
+    """The files that the flight recorder has written since the start, and how to read them."""
+    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")
+    found = sorted(path for path in glob.glob(f"{glob.escape(prefix)}[0-9]*") if os.path.getmtime(path) > BEGAN)
+    how = f"read them with torchfrtrace -p {os.path.basename(prefix)} {os.path.dirname(prefix)}"
+    return f"; the last collectives of each rank: {', '.join(found)}; {how}" if prefix and found else ""
+
+
 @cache
 def store() -> dist.Store:
-    """What the ranks of this start tell each other outside of collectives. Each restart has a prefix of its own, else
-    it would read the addresses of those that have died (PyTorch's issue 135712)."""
+    """What the ranks of this start tell each other outside of collectives. In torchrun's store each restart has a
+    prefix of its own, else it would read the addresses of those that have died (PyTorch's issue 135712). With
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 it has its own store: where machines come and go, they count differently."""
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     server = dist.TCPStore(*where, is_master=not hosted and started()[0] == 0)
-    return dist.PrefixStore(f"start {RESTARTS}", server)
+    return dist.PrefixStore(f"start {RESTARTS}", server) if hosted else server
 
 
 def first_to_fail() -> bool:
@@ -65,6 +94,7 @@ def leave_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         store.cache_clear()
+        UNITS.clear()
 
 
 def rank() -> int:
@@ -77,10 +107,33 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_rank() -> tuple[int, int]:
+    """Number of this process among those of its machine, and how many these are."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def take_turns(mine: int) -> None:
+    """Return when it is the turn of unit number `mine`; until then help to gather the units that others wait for, the
+    first of them first, so that who is behind catches up. len(UNITS) stands for none, and is last."""
+    while True:
+        dist.all_reduce(turn := torch.tensor(mine), dist.ReduceOp.MIN)  # on the CPU: the host does not wait for the GPU
+        if turn == mine:
+            return
+        UNITS[turn].unshard()
+        UNITS[turn].reshard()
+
+
+def together() -> bool:
+    """Are there other processes? Then a collective follows, and those with passes left are helped through them."""
+    if UNITS and world_size() > 1:
+        take_turns(len(UNITS))
+    return world_size() > 1
+
+
 def print0(*lines: str) -> None:
     """Print on rank 0. If nobody reads it any more, as after `| head` or on a lost terminal, that is a request to
     stop."""
-    if rank() == 0:
+    if lines and rank() == 0:
         try:
             print(*lines, sep="\n", flush=True)
         except OSError:
@@ -108,7 +161,7 @@ def all_gather(x: Tensor) -> Tensor:
 
     LAVIS detaches the gathered rows, its own included, and so loses half of the contrastive gradient.
     """
-    return x if world_size() == 1 else _AllGather.apply(x)
+    return _AllGather.apply(x) if together() else x
 
 
 def all_gather_padded(*tensors: Tensor) -> list[Tensor]:
@@ -121,7 +174,7 @@ def all_gather_padded(*tensors: Tensor) -> list[Tensor]:
 
 def all_sum(x: Tensor) -> Tensor:
     """The sum of x over the ranks, without gradient; x itself without a process group."""
-    if world_size() > 1:
+    if together():
         x = x.clone()
         dist.all_reduce(x)
     return x
@@ -129,7 +182,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 def all_max(x: Tensor) -> Tensor:
     """The maximum of x over the ranks, without gradient; x itself without a process group."""
-    if world_size() > 1:
+    if together():
         x = x.clone()
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
@@ -137,16 +190,30 @@ def all_max(x: Tensor) -> Tensor:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if world_size() > 1:
+    if together():
         dist.barrier()
 
 
 def gather_objects(thing) -> list:
     """A small Python object of each rank -> the list of all, in rank order."""
     things = [thing] * world_size()
-    if len(things) > 1:
+    if together():
         dist.all_gather_object(things, thing)
     return things
+
+
+def same_disk(path: Path) -> list[int]:
+    """The ranks that share a disk with this one: all if all see `path`, which rank 0 has made, else those of its
+    machine."""
+    seen = gather_objects((path.exists(), os.environ.get("GROUP_RANK")))
+    everywhere = all(there for there, _ in seen)
+    return [number for number, (_, machine) in enumerate(seen) if everywhere or machine == seen[rank()][1]]
+
+
+def take_from_0(tensors) -> None:
+    """Overwrite tensors by those of rank 0."""
+    for tensor in tensors if world_size() > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 class _FetchRows(torch.autograd.Function):

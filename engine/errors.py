@@ -10,7 +10,7 @@ import sys
 import traceback
 from contextlib import suppress
 
-from engine.distributed import LAUNCHER, RESTARTS, first_to_fail, leave_processes, rank, world_size
+from engine.distributed import LAUNCHER, RESTARTS, first_to_fail, flights, leave_processes, rank, world_size
 from engine.stop import REQUESTS, Stopped, be_patient, end_children, signals, state
 
 
@@ -38,7 +38,7 @@ def run_command(main) -> int:
         except UserError as error:
             status, last = 2, sentence_of(error)
         except Stopped as stop:
-            status, last = 128 + stop.args[0], f"stopped{state.advice and ': ' + state.advice}"
+            status, last = 128 + stop.args[0], f"stopped{': ' * bool(state.advice())}{state.advice()}"
         except BrokenPipeError:  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 141
@@ -73,7 +73,7 @@ def sentence_of(error: Exception) -> str:
     text = text.rpartition("UserError: ")[2].strip()  # a loader worker wraps it in its own traceback
     text = re.sub("[\x0b\x0c\r\x85\u2028\u2029]", " ", text)
     text = re.sub(r"\S{600,}", lambda word: shorten(word[0]), text)
-    return f"error: {text}" + f" ({state.advice})" * bool(state.advice)
+    return f"error: {text}" + f" ({state.advice()})" * bool(state.advice())
 
 
 def unexpected(error: Exception) -> str:
@@ -83,7 +83,7 @@ def unexpected(error: Exception) -> str:
         reason = re.sub(r"^\[\S*\]\s*", "", str(error).splitlines()[0]).split(". ")[0][:120]
         print(f"{at}: {reason}", file=sys.stderr, flush=True)  # torchrun may take half a minute to end the others
         lost = "error: a process was killed, or did not answer within --timeout minutes"
-        return f"{lost}{state.advice and '; ' + state.advice}"
+        return f"{lost}{'; ' * bool(state.advice())}{state.advice()}{flights()}"
     traceback.print_exception(error)
     return f"error: {at}: {type(error).__name__}, a fault of the program: please report it with the lines above"
 

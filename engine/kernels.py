@@ -1,4 +1,4 @@
-"""Attention, dropout and Linear: PyTorch's functions, with faster variants on a CPU."""
+"""Attention, dropout, Linear and a tied embedding: PyTorch's functions, with faster variants on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -76,3 +76,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class TiedEmbedding(nn.Embedding):
+    """Word embeddings that are the output matrix too. Both ways in are `forward`, before which sharding gathers it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Token ids -> (..., L); hidden states (..., L), which are floats -> logits (..., W)."""
+        return linear(x, self.weight) if x.is_floating_point() else super().forward(x)

@@ -18,13 +18,13 @@ except ImportError:  # on Windows
 
 
 @contextmanager
-def locked(folder: Path):
-    """Inside, rank 0 holds folder/.lock, which names its process. UserError if another command holds it.
+def locked(folder: Path, holder: int = 0):
+    """Inside, a rank holds folder/.lock, which names its process. UserError if another command holds it.
 
     The system releases the lock of a process that has died, so one that can be taken is stale. (POSIX locks, because
     loader workers do not inherit them and because they hold between machines on a shared disk.)
     """
-    if rank() > 0 or fcntl is None:
+    if rank() != holder or fcntl is None:
         yield
         return
     path, made = folder / ".lock", [each for each in (folder, *folder.parents) if not each.exists()]

@@ -15,10 +15,11 @@ from engine.distributed import LAUNCHER, all_sum, gather_objects, print0, rank, 
 from engine.errors import UserError, expect
 from engine.files import whole, writing
 from engine.progress import clock
+from engine.sharding import bytes_per_rank
 from losses import ITM_PRIOR, smoothing_floor
 
 LAUNCH = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {LAUNCHER}"  # the same for all restarts by torchrun
-BROKEN_SHARE = 0.01  # above this share of unreadable images a run stops
+BROKEN_SHARE = 0.01  # above this share of unreadable images a run stops, and of broken tars a set is refused
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def memory_estimate(model, micro_batch: int, objectives: tuple[str, ...], cached
     """Estimated bytes of a training step over texts of 16 tokens: weights, gradients, optimizer, activations for the
     backward pass; and with GradCache the ViT tokens of `cached_images`."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    frozen = bytes_per_rank(p for p in model.parameters() if not p.requires_grad)
     cfg, vit, Q, T = model.qformer.cfg, model.vit.cfg, model.qformer.cfg.num_queries, 16
     size = 4 if model.amp_dtype is None else 2
     P = (model.image_size // vit.patch_size) ** 2 + 1

@@ -24,8 +24,8 @@ class Stopped(BaseException):
 
 
 # asked: number of the first signal; at: when; patient: is it only noted, for the loop to see; writing: inside
-# `uninterrupted`; pressed: has a person insisted; for messages advice, how to go on, and place, where the command is.
-_fresh = dict(asked=0, at=0.0, patient=False, writing=False, pressed=False, advice="", place="")
+# `uninterrupted`; pressed: has a person insisted; for messages advice(), how to go on, and place, where the command is.
+_fresh = dict(asked=0, at=0.0, patient=False, writing=False, pressed=False, advice=str, place="")
 state = SimpleNamespace(**_fresh)
 
 

@@ -1,20 +1,25 @@
-"""Sources of samples: annotation files, the shapes world, and mixtures of them.
+"""Sources of samples: annotation files and the shapes world; tar shards are in shards.py, mixtures in mixture.py.
 
 A source is a sequence of samples. A sample is one image with its texts and has
 
-    name, key                   its path, for messages; what makes it this image: equal keys are one image
+    name                        its path, for messages
     captions                    list of strings
     record                      as in the annotation file
-    open()                      the upright RGB image
+    read_bytes(), open()        the image file's bytes; the upright RGB image
     augment(size, rng)          uint8 (3, size, size), as a training step sees it
     texts()                     what can be learned of it: ("", caption) or (question, answer) pairs
     sample_text(rng)            one of these
+
+A source also has image_ids (equal ones are one image), the words of a sample's text, counts, and hashes of what it
+holds. Its blocks are what `--shuffle-shards` keeps together.
 """
 
 import hashlib
 import json
 import os
+import re
 from array import array
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -37,16 +42,67 @@ Target = tuple[str, str]  # ("", caption) or (question, answer)
 class Sample:
     """What the samples of all sources have in common."""
 
+    record: dict = {}
+
     def sample_text(self, rng: np.random.Generator) -> Target:
         """Paper 3.4: "randomly sample one at each pre-training step"."""
         texts = self.texts()
         return texts[rng.integers(len(texts))]
 
 
+class StoredImage(Sample):
+    """A sample whose image is stored: `file` is its path, or an open file."""
+
+    def open(self) -> Image.Image:
+        """The upright RGB image."""
+        return open_image(self.file, self.name)
+
+    def augment(self, size: int, rng: np.random.Generator) -> Tensor:
+        """A random crop, mirrored half of the time unless a text says left or right."""
+        texts = [self.record.get("question", ""), *self.record.get("answer", []), *self.captions]
+        with image_header(self.file, self.name) as image:
+            crop = decode_crop(image, size, rng)
+        return train_transform(*crop, size, rng, not says_left_or_right(texts))
+
+
+class Source:
+    """What all sources have in common."""
+
+    asks, unanswered = False, 0  # questions, or captions? How many questions have no answer?
+    group_size = 1  # consecutive images that stay in one batch
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """Where parts of the source that are stored together begin, and its end: (blocks + 1,)."""
+        return np.array([0, len(self)])
+
+    def words(self, rows: np.ndarray, rngs: Iterable[np.random.Generator]) -> list[int]:
+        """Words of the text that each sample shows with its random numbers."""
+        return [len(self[row].sample_text(rng)[1].split()) for row, rng in zip(rows.tolist(), rngs)]
+
+
+SHARED = 0x7FFF << 48  # bits of an id that names the same image in every set
+SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def image_id(record: dict, name: str) -> int:
+    """An id of the image of a record, else of its name: 48 bits of a hash.
+
+    An image_id that is no number ("coco_57870"), or the "sha256" of the image, says the same in every set, and has the
+    bits SHARED too; a number, or a file name, counts within its own set.
+    """
+    own, content = record.get("image_id"), record.get("sha256")
+    known = isinstance(own, str) and not own.isdecimal()
+    if not known and isinstance(content, str) and SHA256.fullmatch(content):
+        return SHARED | int(content[:12], 16)
+    digest = hashlib.sha256(str(name if own is None else own).encode(errors="surrogatepass")).digest()
+    return known * SHARED | int.from_bytes(digest[:6], "big")
+
+
 # --- annotation files ------------------------------------------------------------------------------------------------
 
 
-class AnnotatedImage(Sample):
+class AnnotatedImage(StoredImage):
     """A sample of an annotation file."""
 
     def __init__(self, record: dict, folders: list[Path]):
@@ -63,16 +119,14 @@ class AnnotatedImage(Sample):
         """Its image_id, else its file name."""
         return str(self.record.get("image_id", self.record["image"]))
 
-    def open(self) -> Image.Image:
-        """The upright RGB image."""
-        return open_image(self.name)
+    @property
+    def file(self) -> str:
+        """Where the image is."""
+        return self.name
 
-    def augment(self, size: int, rng: np.random.Generator) -> Tensor:
-        """A random crop, mirrored half of the time unless a text says left or right."""
-        texts = [self.record.get("question", ""), *self.record.get("answer", []), *self.captions]
-        with image_header(self.name) as image:
-            crop = decode_crop(image, size, rng)
-        return train_transform(*crop, size, rng, not says_left_or_right(texts))
+    def read_bytes(self) -> bytes:
+        """The image file."""
+        return Path(self.name).read_bytes()
 
     def texts(self) -> list[Target]:
         """The captions; or the question with each of its answers, which people may have given several times. One that
@@ -82,7 +136,7 @@ class AnnotatedImage(Sample):
         return [("", caption) for caption in self.captions]
 
 
-class AnnotationFile:
+class AnnotationFile(Source):
     """An annotation file of captions, or with `questions` of questions, and the folders of its images.
 
     The layout of the file is any of layouts.py, or it is a folder. Images are looked for in the folders `images`, in
@@ -90,15 +144,13 @@ class AnnotationFile:
     loader's workers share instead of copying.
     """
 
-    group_size = 1  # consecutive images that stay in one batch
-
     def __init__(self, path: str | Path, split="train", images: list | None = None, questions=False, need_texts=True):
         """need_texts: refuse images without a caption. (Questions of a test set have no answers.)"""
         self.path, self.asks = Path(path), questions
         self.folders = [Path(f) for f in images or [path if os.path.isdir(path) else Path(path).parent]]
         self.need_texts = need_texts and not questions
         self.num_texts, self.unanswered, self.empty = 0, 0, 0  # captions or questions; these without an answer, a word
-        check_spec(self.path)
+        expect_there(self.path)
         content, offsets, ids = bytearray(), array("q", [0]), (array("q"), array("q"))
         for record in progress(self.checked(stream_records(self.path, split)), f"reading {self.path}"):
             content += json.dumps(record).encode()
@@ -131,7 +183,7 @@ class AnnotationFile:
             self.num_texts += 1 if self.asks else len(words)
             self.unanswered += self.asks and not any(map(str.strip, texts))
             self.empty += len(texts) - len(words)
-            unread = () if self.asks else ("question", "answer")
+            unread = () if self.asks else ("question", "answer", "scores", "web")  # the last two are CapFilt's
             yield {key: value for key, value in record.items() if key not in unread} | {text: words}
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -143,6 +195,15 @@ class AnnotationFile:
     def __getitem__(self, index: int) -> AnnotatedImage:
         content = self.bytes[self.offsets[index] : self.offsets[index + 1]].tobytes()
         return AnnotatedImage(json.loads(content), self.folders)
+
+    @property
+    def name(self) -> str:
+        """As `--data` names it."""
+        return str(self.path)
+
+    def image_id(self, row: int) -> int:
+        """See `image_id`."""
+        return image_id((record := self[row].record), record["image"])
 
     def content_sha256(self) -> str:
         """Hash of all records: identifies the split of the data set."""
@@ -190,10 +251,10 @@ def record_problem(record, asks: bool, need_texts: bool = True) -> str:
     return ""
 
 
-def check_spec(spec: str | Path, flag: str = "data") -> None:
-    """Refuse a --data that is neither the shapes world nor a file or folder."""
-    kinds = "an annotation file, a folder of images with a .txt beside each, or the word shapes"
-    expect(spec == "shapes" or os.path.exists(spec), f"--{flag} {spec} does not exist: expected {kinds}")
+def expect_there(path: str | Path, flag: str = "data") -> None:
+    """Refuse a --data that does not exist."""
+    kinds = "an annotation file, a folder of images with a .txt beside each, tar shards, or the word shapes"
+    expect(os.path.exists(path), f"--{flag} {path} does not exist: expected {kinds}")
 
 
 # --- the shapes world ------------------------------------------------------------------------------------------------
@@ -202,11 +263,9 @@ def check_spec(spec: str | Path, flag: str = "data") -> None:
 class ShapesImage(Sample):
     """A sample of the shapes world."""
 
-    record: dict = {}
-
     def __init__(self, source: "ShapesSource", index: int):
         self.source, self.index = source, index
-        self.name, self.key = f"shapes {source.split} {index}", str(index)
+        self.name = f"shapes {source.split} {index}"
 
     @cached_property
     def captions(self) -> list[str]:
@@ -228,10 +287,10 @@ class ShapesImage(Sample):
         return [("", caption) for caption in self.captions]
 
 
-class ShapesSource(shapes.ShapesWorld):
+class ShapesSource(shapes.ShapesWorld, Source):
     """The shapes world as a source, of captions or of questions."""
 
-    unanswered = 0
+    name = "shapes"
 
     def __init__(self, split: str = "train", size: int = 64, questions: bool = False):
         super().__init__(split, size)
@@ -242,90 +301,12 @@ class ShapesSource(shapes.ShapesWorld):
     def __getitem__(self, index: int) -> ShapesImage:
         return ShapesImage(self, index)
 
+    def image_id(self, row: int) -> int:
+        """Each image is drawn once."""
+        return image_id({}, str(row))
+
     def fingerprint(self) -> str:
         """Hash: changes with the code of the shapes world, the split and the size."""
         return hashlib.sha256(Path(shapes.__file__).read_bytes() + f" {self.split} {self.size}".encode()).hexdigest()
 
     content_sha256 = sizes_sha256 = fingerprint
-
-
-# --- mixtures --------------------------------------------------------------------------------------------------------
-
-
-class Mixture:
-    """Several sources in a row, or chosen samples of them."""
-
-    cached = None  # `tasks.features.CachedTokens` of all samples, if computed
-
-    def __init__(self, parts: list, chosen: np.ndarray | None = None):
-        self.parts = parts
-        self.starts = np.cumsum([0] + [len(part) for part in parts])
-        self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
-        self.group_size = parts[0].group_size if len(parts) == 1 and chosen is None else 1
-        self.asks = parts[0].asks  # questions, or captions?
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(number of the part, index in that part)."""
-        row = self.chosen[index]
-        part = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return part, int(row - self.starts[part])
-
-    def __getitem__(self, index: int):
-        part, row = self.locate(index)
-        return self.parts[part][row]
-
-    def image_id(self, index: int) -> int:
-        """A stable int64 of the image: the number of its part and a hash of its key there."""
-        part, row = self.locate(index)
-        digest = hashlib.sha256(self.parts[part][row].key.encode(errors="surrogatepass")).digest()
-        return part << 48 | int.from_bytes(digest[:6], "big")
-
-    def num_texts(self) -> int:
-        """Captions, or questions: what an epoch shows."""
-        return round(sum(part.num_texts for part in self.parts) * len(self) / self.starts[-1])
-
-    def num_images(self, enough: int) -> int:
-        """How many different images; from `enough` rows on the rows, because looking at each takes long."""
-        rows = progress(range(len(self)), "counting images") if len(self) < enough else ()
-        return len({self.image_id(row) for row in rows}) or len(self)
-
-    def content_sha256(self) -> str:
-        """Changes when any text does."""
-        return hashlib.sha256(" ".join(part.content_sha256() for part in self.parts).encode()).hexdigest()
-
-    def sizes_sha256(self) -> str:
-        """Changes when an image file of another size takes the place of one."""
-        return hashlib.sha256(" ".join(part.sizes_sha256() for part in self.parts).encode()).hexdigest()
-
-    def fingerprint(self) -> str:
-        """Changes when any image, or their order, does."""
-        parts = " ".join(part.fingerprint() for part in self.parts)
-        return hashlib.sha256(parts.encode() + self.chosen.tobytes()).hexdigest()
-
-    def held_out(self, count: int) -> tuple["Mixture", "Mixture"]:
-        """(the rest, `count` images): always the same choice, and no image on both sides."""
-        ids = np.array([self.image_id(index) for index in range(len(self))])
-        unique = np.unique(ids)
-        total = len(unique)
-        expect(count < total, f"--val-photos {count} of {total} images leaves none to train on: pass a smaller number")
-        out = np.isin(ids, np.random.default_rng(0).choice(unique, count, replace=False))
-        parts = Mixture(self.parts, self.chosen[~out]), Mixture(self.parts, self.chosen[out])
-        for part in parts:
-            part.cached = self.cached
-        return parts
-
-
-def open_images(
-    specs: list[str], split: str, image_size: int, images: list | None = None, questions=False, need_texts=True
-) -> Mixture:
-    """What `--data` names: "shapes" or annotation files, mixed if several; with captions or with questions."""
-    parts = [
-        ShapesSource(split, image_size, questions)
-        if spec == "shapes"
-        else AnnotationFile(spec, split, images, questions, need_texts)
-        for spec in specs
-    ]
-    return Mixture(parts)

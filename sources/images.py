@@ -32,20 +32,21 @@ UPRIGHT = {flag: Image.Transpose[turn] for flag, turn in enumerate(TURNS.split()
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, name: str = "the image") -> Image.Image:
     """A file of any common kind as an upright RGB image. Raises UserError that names the file and the fix.
 
     16- and 32-bit, grey, CMYK and palette images are converted, transparent parts become white, of an animation the
     first frame is taken, and the camera's rotation flag is obeyed.
     """
-    with image_header(path) as image:
+    with image_header(path, name) as image:
         return to_rgb(image)
 
 
 @contextmanager
-def image_header(path: str | Path):
-    """An image of which only the header has been read. Failing to read the rest inside is a UserError too."""
-    name, is_path = "the image", isinstance(path, (str, os.PathLike))
+def image_header(path: str | Path, name: str = "the image"):
+    """An image of which only the header has been read. Failing to read the rest inside is a UserError too. name: in
+    messages, of what has no path."""
+    is_path = isinstance(path, (str, os.PathLike))
     if is_path:
         name = shorten(path)
         expect_file(path, "an image", MAX_BYTES, "check the name, and for annotations the folder (--images)")

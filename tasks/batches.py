@@ -17,11 +17,12 @@ from torch import Tensor
 
 from blip2 import Blip2, EncodedImages, chunked
 from data import ImageFiles, image_loader
-from engine.distributed import all_gather, barrier, gather_objects, print0, rank, world_size
+from engine.distributed import all_gather, gather_objects, print0, rank, world_size
 from engine.errors import UserError
 from engine.files import writing
 from engine.progress import progress
-from sources.annotations import Mixture, ShapesSource
+from sources.annotations import ShapesSource
+from sources.mixture import Mixture
 
 IMAGES, TEXTS = 64, 256  # in a batch
 
@@ -120,9 +121,10 @@ class PartialResults:
                 if kept and digest == b"%08x" % zlib.crc32(kept):
                     self.done |= json.loads(kept)
             self.file = folder / f"{rank()}-{time.time_ns()}.jsonl"  # a new one: the last line of an old may be cut
+        for part in gather_objects(self.done):  # of other machines too; and nobody writes before all have read
+            self.done |= part
         if self.done:
             print0(f"continuing with {folder}: {len(self.done):,} batches are done")
-        barrier()  # nobody writes before all have read
 
     def add(self, name: str, result) -> None:
         """Keep the JSON-serializable result of a batch."""
@@ -156,7 +158,7 @@ def encoded_batches(model: Blip2, images: Mixture | ImageFiles, batches: list[li
     """Yield the features of batches of images."""
     if images.cached:
         for rows in batches:
-            yield model.encode_tokens(images.cached.tokens(images.chosen[rows]))
+            yield model.encode_tokens(images.cached.tokens(images.rows(rows)))
     else:
         for _, broken, pixels in image_loader(images, model.image_size, batches, workers):
             for reason in broken.values():  # leaving an image out would make the numbers incomparable

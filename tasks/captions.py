@@ -2,7 +2,7 @@
 
 from blip2 import Blip2
 from engine.progress import clock
-from sources.annotations import Mixture
+from sources.mixture import Mixture
 from tasks.batches import Gallery, PartialResults, encoded_batches, evaluation, map_batches
 from tasks.metrics import bleu, caption_words, cider, rouge_l
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from blip2 import Blip2, chunked
 from data import ImageFiles, image_loader
-from engine.distributed import barrier, gather_objects, print0, rank
+from engine.distributed import barrier, gather_objects, print0, rank, same_disk
 from engine.errors import UserError, expect, shorten
 from engine.files import check_room, free_bytes, megabytes, read_json, remove, whole, write_json, writing
 from engine.lock import abandoned, locked
 from engine.progress import clock, progress
-from sources.annotations import Mixture
+from engine.sharding import is_sharded
+from sources.mixture import Mixture
 from tasks.batches import IMAGES, TEXTS, encoded_batches, gather_shards, shard
 
 
@@ -62,7 +63,7 @@ def cache_tokens(model: Blip2, images: Mixture, folder: Path, workers: int) -> C
     first = np.unique(slots, return_index=True)[1]  # first row of each image
     key = ((vit, repr(model.vit.cfg), str(model.vit.dtype)), model.image_size, whole.fingerprint(), len(first))
     path = folder / f"{hashlib.sha256(repr(key).encode() + slots.tobytes()).hexdigest()[:16]}.npy"
-    if not gather_objects(path.exists())[0]:
+    if not all(gather_objects(path.exists())):  # of machines without a shared disk each has its own
         compute_tokens(model, whole, first, slots, path, workers)
     cached, wanted = CachedTokens(path, slots), token_shape(model)
     got = f"{path} has tokens of shape {cached.file.shape[1:]}, expected {wanted}"
@@ -79,6 +80,7 @@ def weights_sha256(module: nn.Module) -> str:
     """Hash of all weights, for those that no file holds: random ones, or trained since."""
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
+        tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -91,28 +93,32 @@ def compute_tokens(
     started, needs = time.time(), 2 * math.prod(shape)
     room = f"{megabytes(needs)} of {megabytes(free_bytes(path))} that are free"
     print0(f"caching the ViT's tokens of {len(first):,} images in {path}: {room}")
-    if rank() == 0:
-        with writing(path, needs):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, needs):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # A folder for each writer, as another run may be computing the same; its lock tells when the writer has died.
     folder = path.with_name(f".{path.stem}.{gather_objects(os.getpid())[0]}.partial")
     if rank() == 0:
+        with writing(folder):
+            folder.mkdir()
+    barrier()
+    team = same_disk(folder)  # they fill one file
+    if writes := rank() == team[0]:
         for other in filter(abandoned, path.parent.glob(".*.partial")):
             remove(other)
-    with locked(folder):
+    with locked(folder, team[0]):
         partial = folder / path.name
         try:
-            if rank() == 0:
+            if writes:
                 with writing(path, needs):
                     np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
                     reserve(partial)
             barrier()
-            fill_tokens(model, images, first, slots, partial, workers)
-            if rank() == 0:
+            fill_tokens(model, images, first, slots, partial, workers, team)
+            if writes:
                 os.replace(partial.with_suffix(".json"), path.with_suffix(".json"))
                 os.replace(partial, path)
         finally:
-            if rank() == 0:
+            if writes:
                 remove(folder)
     barrier()
     print0(f"cached in {clock(time.time() - started)}")
@@ -125,18 +131,20 @@ def reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 
-def fill_tokens(model: Blip2, images: Mixture, first: np.ndarray, slots: np.ndarray, path: Path, workers: int) -> None:
-    """Write the tokens of the rows `first` into the file, and beside it why images are unreadable."""
+def fill_tokens(
+    model: Blip2, images: Mixture, first: np.ndarray, slots: np.ndarray, path: Path, workers: int, team: list[int]
+) -> None:
+    """Write the tokens of the rows `first` into the file of some ranks, and beside it why images are unreadable."""
     tokens, broken = np.lib.format.open_memmap(path, "r+"), {}
-    mine = first[shard(len(first))].tolist()
-    loader = image_loader(images, model.image_size, list(chunked(mine, IMAGES)), workers)
+    mine = list(chunked(first.tolist(), IMAGES))[team.index(rank()) :: len(team)]
+    loader = image_loader(images, model.image_size, mine, workers)
     for done, unreadable, pixels in progress(loader, "caching the ViT's tokens"):
         broken |= {int(slots[row]): reason for row, reason in unreadable.items()}
         if done:
             tokens[slots[done]] = model.image_tokens(pixels.to(model.device)).half().cpu().numpy()
     tokens.flush()
     broken = {slot: reason for part in gather_objects(broken) for slot, reason in part.items()}
-    if rank() == 0:
+    if rank() == team[0]:
         write_json(path.with_suffix(".json"), broken)
 
 

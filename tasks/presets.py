@@ -11,7 +11,7 @@ from pathlib import Path
 from blip2 import ANSWERS, Blip2
 from engine.device import PRECISIONS
 from engine.files import sha256, write_json
-from sources.annotations import Mixture
+from sources.mixture import Mixture
 from tasks.captions import CAPTION_DECODING, caption_table, captioning
 from tasks.retrieval import retrieval, retrieval_table
 from tasks.shapes_qa import shapes_captioning_table, shapes_vqa_table

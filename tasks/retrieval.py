@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip2 import Blip2, EncodedImages, EncodedTexts, chunked
 from engine.progress import progress
-from sources.annotations import Mixture
+from sources.mixture import Mixture
 from sources.text import pad
 from tasks.batches import TEXTS, Gallery, PartialResults, encode_images, evaluation, gather_shards, map_batches, shard
 from tasks.metrics import chance, ranks, recalls, reranked_ranks

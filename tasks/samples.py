@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from blip2 import Blip2, EncodedImages
-from sources.annotations import Mixture, ShapesSource
+from sources.annotations import ShapesSource
+from sources.mixture import Mixture
 from tasks.attention_maps import TILE, attention_maps, overlay
 from tasks.batches import Gallery, encoded_batches, evaluation
 from tasks.shapes_qa import chosen_questions
@@ -25,7 +26,7 @@ SIDE = 160  # pixels
 @evaluation
 def samples(model: Blip2, images: Mixture, stage: str, objectives: tuple[str, ...]) -> dict:
     """Captions, answers, retrieval and attention on the first images of a set, as far as the model has learned them."""
-    few = Mixture(images.parts, images.chosen[: 5 * GALLERY])  # an image may have several rows
+    few = images.subset(range(min(len(images), 5 * GALLERY)))  # an image may have several rows
     few.cached, gallery = images.cached, Gallery(few)
     count = min(GALLERY, len(gallery.rows))
     (encoded,) = encoded_batches(model, few, [gallery.rows[:count]], workers=0)

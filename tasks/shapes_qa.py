@@ -10,7 +10,8 @@ from engine.distributed import gather_objects
 from engine.progress import clock, progress
 from generate import generate
 from sources import shapes
-from sources.annotations import Mixture, ShapesSource
+from sources.annotations import ShapesSource
+from sources.mixture import Mixture
 from sources.text import clean_caption, fill_template, pad
 from tasks.batches import IMAGES, encode_images, evaluation, shard
 

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from blip2 import Blip2
 from data import sample_rng
-from engine.distributed import barrier, print0, rank, world_size
+from engine.checkpoint import finish_writing
+from engine.distributed import barrier, gather_objects, print0, rank, take_from_0, world_size
 from engine.files import read_json, write_json
 from engine.log import loss_bounds, model_summary, rows_of
 from engine.stop import at_once
-from sources.annotations import Mixture, ShapesSource, open_images
+from sources.annotations import ShapesSource
+from sources.mixture import Mixture, open_images
 from tasks.batches import encoded_batches
 from tasks.captions import captioning
 from tasks.presets import REPORTS, provenance, write_result
@@ -64,6 +66,7 @@ def validate(model: Blip2, val: Mixture, cfg, objectives, workers: int, step: in
     """A validation -> the best score so far; the model that has it is saved in best/."""
     with at_once():  # a stop; the validation is made up for by --resume
         result = evaluate(model, val, cfg.stage, objectives, workers, quick=True)
+    finish_writing()  # the checkpoint of this step, which evaluates beside
     name, score = headline(result)
     print0(validation_lines(model, val, result, step, score > best))
     if score > best:
@@ -143,20 +146,22 @@ def validation_lines(model: Blip2, val: Mixture, result: dict, step: int, is_bes
 def final_evaluation(model: Blip2, val: Mixture | None, cfg, objectives, workers: int, run: Path) -> dict | None:
     """Evaluate the best model of a run on the test split of the shapes world, or on the validation images; on held-out
     images with the few candidates of a validation, because 128 of them take long. Then draw the report."""
+    finish_writing()
     if cfg.data == ["shapes"]:
         val = open_images(["shapes"], "test", cfg.image_size, questions=cfg.stage == "vqa")
     if val is None or not {"itc", "lm"} & set(objectives):  # without ITC there is nothing to rank by
         report(run, model, val, cfg, objectives, run, final="")
+        barrier()  # rank 0 may need the others for it, if parts are sharded
         return None
     if count := cfg.test_images:  # the first, with all their captions or questions; of twins both
-        ids, cached = [val.image_id(row) for row in range(len(val))], val.cached
+        ids = [val.image_id(row) for row in range(len(val))]
         kept = {*list(dict.fromkeys(ids))[: count + count % val.parts[0].group_size]}
-        val = Mixture(val.parts, val.chosen[[image_id in kept for image_id in ids]])
-        val.cached = cached
-    barrier()  # rank 0 may still be writing
-    weights = run / "best" if (run / "best").exists() else run
+        val = val.subset([row for row, image_id in enumerate(ids) if image_id in kept])
+    weights = run / "best" if gather_objects((run / "best").exists())[0] else run
     if weights != run:
-        model.load_trained(weights)
+        if rank() == 0:
+            model.load_trained(weights)
+        take_from_0(model.trained_state().values())
     print0(f"evaluating on {len(val):,} images")
     with at_once():
         result = evaluate(model, val, cfg.stage, objectives, workers, quick=bool(cfg.val_photos))
@@ -166,4 +171,5 @@ def final_evaluation(model: Blip2, val: Mixture | None, cfg, objectives, workers
         write_result(run / name, provenance(model, weights, val, files) | result)
     print0(table(result))
     report(run, model, val, cfg, objectives, weights, final=table(result))
+    barrier()  # as above
     return result

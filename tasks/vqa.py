@@ -5,7 +5,7 @@ from itertools import chain
 
 from blip2 import ANSWERS, Blip2
 from engine.progress import clock
-from sources.annotations import Mixture
+from sources.mixture import Mixture
 from sources.text import clean_question
 from tasks.batches import Gallery, PartialResults, encoded_batches, evaluation, map_batches
 from tasks.metrics import any_match, direct_answer_accuracy, gqa_match, lemmatize, vqa_accuracy

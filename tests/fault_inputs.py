@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from blip2 import Blip2
 from engine.errors import expect
-from sources.annotations import AnnotatedImage, open_images
+from sources.annotations import AnnotatedImage
 from sources.images import open_image
+from sources.mixture import open_images
 from sources.text import BertTokenizer
 from weights.load import open_tensors, weight_files
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, small_model
 
 from blip2 import Blip2
-from sources.annotations import Mixture, open_images
+from sources.mixture import Mixture, open_images
 from sources.shapes import ShapesWorld
 from sources.text import BertTokenizer
 from tasks import batches, features, shapes_qa
@@ -26,8 +26,7 @@ def shapes_model(seed: int = 0) -> Blip2:
 def few(count: int = 12) -> Mixture:
     """The first images of the test split, 8 x 8 pixels."""
     images = open_images(["shapes"], "test", 8)
-    images.chosen = images.chosen[:count]
-    return images
+    return images.subset(range(count))
 
 
 def write_images(folder: Path, count: int, split: str = "val") -> ShapesWorld:

@@ -10,7 +10,7 @@ from samples import PRECISE, TINY_RUN, caption_file, few, write_images
 
 import eval as evaluation
 from engine.errors import UserError
-from sources.annotations import open_images
+from sources.mixture import open_images
 from tasks.batches import Gallery
 from tasks.captions import caption_scores, caption_table, captioning
 

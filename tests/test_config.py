@@ -16,7 +16,7 @@ from config import FLAGS, STAGES, TrainConfig, check, complete, continues, parse
 from data import StepSampler, TrainSet, collate_captions
 from engine.errors import UserError, run_command
 from qformer import QFormer, QFormerConfig
-from sources.annotations import open_images
+from sources.mixture import open_images
 from sources.shapes import ShapesWorld
 from sources.text import BertTokenizer
 from train import build_optimizer, lr_at, set_lr
@@ -40,14 +40,16 @@ def config_of_a_run(folder, image_width: int = 96, **more) -> str:
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
-def test_stage_1_has_the_recipe_of_the_paper():
-    """Section 3.4: 250k steps of 1680, AdamW (0.9, 0.98), decay 0.05, peak 1e-4, 2k warm-up, 224 pixels; hard negatives
-    from the first step."""
-    cfg, why = completed("--data", "coco.json")
-    assert (cfg.steps, cfg.batch, cfg.warmup, cfg.image_size) == (250_000, 1680, 2000, 224)
+@pytest.mark.parametrize(("vit", "batch", "name"), [("clip-l", 2320, "ViT-L"), ("eva-g", 1680, "ViT-g")])
+def test_stage_1_has_the_recipe_of_the_paper(vit, batch, name):
+    """Section 3.4: 250k steps of 2320 (ViT-L) or 1680 (ViT-g), AdamW (0.9, 0.98), decay 0.05, peak 1e-4, 2k warm-up,
+    224 pixels; hard negatives from the first step."""
+    cfg, why = completed("--data", "coco.json", "--vit", vit)
+    assert (cfg.steps, cfg.batch, cfg.warmup, cfg.image_size) == (250_000, batch, 2000, 224)
     assert (cfg.lr, cfg.beta2, cfg.weight_decay, cfg.negatives_ramp) == (1e-4, 0.98, 0.05, 0)
     assert (cfg.queries, cfg.embed_dim) == (32, 256)  # 3.1, and LAVIS's
-    assert why.startswith('recipe "stage 1, paper", because 1,000,000 images are 50,000 or more: steps 250000')
+    reason = f"because 1,000,000 images are 50,000 or more and the ViT has width {1024 if vit == 'clip-l' else 1408}"
+    assert " ".join(why.split()).startswith(f'recipe "stage 1, paper, {name}", {reason}: ')
     assert completed()[1].startswith('recipe "stage 1, tiny", because --data is shapes: ')
 
 
@@ -460,9 +462,37 @@ def test_what_cannot_be_resumed_gets_a_sentence(stage1_run, tmp_path, monkeypatc
     (broken / "step-000004/train_state.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match="step-000004 is damaged .*: remove it to continue without; there is none bef"):
         resumed(broken)
-    monkeypatch.setattr(config, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="was trained by 1 processes, here are 2: start it with torchrun --nproc_per_n"):
+    monkeypatch.setattr(config, "world_size", lambda: 3)
+    divided = "4 images, which ITC and ITM compare at a time, do not divide into 3 processes: start one of 1, 2, 4"
+    with pytest.raises(UserError, match=divided):
         resumed(stage1_run)
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "now", "expected"),
+    [  # of a batch of 32: what 4 processes took at once -> what so many take now
+        ("", 0, 2, 0),  # its share
+        ("", 0, 16, 0),
+        ("", 4, 2, 8),  # ITC goes on to compare 16
+        ("", 4, 1, 16),
+        ("", 4, 16, 1),
+        ("", 4, 4, 4),
+        ("--gradcache", 4, 1, 4),  # compares all 32 whatever the micro-batch
+        ("--gradcache", 4, 16, 0),
+        ("--gradcache", 0, 1, 8),
+        ("--stage 2 --init none", 0, 2, 8),  # compares nothing, and needs no more memory than before
+        ("--stage 2 --init none", 0, 32, 0),
+    ],
+)
+def test_with_other_processes_as_many_images_are_compared_in_the_memory_there_is(
+    flags, before, now, expected, monkeypatch, capsys
+):
+    saved, _ = completed("--batch", "32", "--micro-batch", str(before), *flags.split())
+    monkeypatch.setattr(config, "world_size", lambda: now)
+    assert config.share_out(saved, 4, 0) == config.share_out(saved, 4, before) == expected
+    check(dataclasses.replace(saved, micro_batch=expected))
+    said = capsys.readouterr().out
+    assert (f"resumed with {now} process(es) instead of 4: samples and losses go on" in said) == (now != 4)
 
 
 def old_config(**flags) -> dict:

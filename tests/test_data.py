@@ -27,8 +27,9 @@ from data import (
 )
 from engine.errors import UserError
 from llm import OPT, T5
-from sources.annotations import AnnotationFile, Mixture, ShapesSource, open_images
+from sources.annotations import AnnotationFile, ShapesSource
 from sources.images import eval_transform
+from sources.mixture import Mixture, open_images
 from sources.text import BertTokenizer, LLMTokenizer
 
 CAPTIONS = [
@@ -255,17 +256,17 @@ def images(tmp_path) -> Mixture:
     return open_images([write_annotations(tmp_path, 43, (8, 8), captions)], "train", 8)
 
 
-def test_an_epoch_shows_each_image_once_except_for_the_dropped_tail(images):
-    steps, orders = steps_of(images), []
-    assert sampler(images).per_epoch == 10
-    for epoch in range(2):
-        seen = [index for samples in steps[10 * epoch : 10 * epoch + 10] for _, index in samples]
-        assert len(seen) == len(set(seen)) == 40
-        orders.append(seen)
-    assert set(orders[0]) != set(orders[1])  # another permutation drops another tail
-    positions = [position for samples in steps for position, _ in samples]
-    assert len(set(positions)) == 80
-    assert steps != steps_of(images, seed=1)
+def test_each_epoch_shows_each_image_once_in_a_new_order(images):
+    """Nothing is dropped: an epoch goes on in the middle of a step."""
+    steps = steps_of(images, steps=129)  # of 4: 12 epochs of 43
+    order = [index for _, index in sorted(sum(steps, []))]
+    epochs = [order[start : start + 43] for start in range(0, len(order), 43)]
+    assert all(sorted(epoch) == list(range(43)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 12
+    assert sorted(position for samples in steps for position, _ in samples) == list(range(516))
+    assert steps != steps_of(images, steps=129, seed=1)
+    whole = steps_of(images, batch=1, steps=43)
+    assert sorted(index for ((_, index),) in whole) == list(range(43))
 
 
 def test_the_twins_of_the_shapes_world_stay_in_one_batch():

@@ -3,8 +3,10 @@ runs, the same evaluation files."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,18 +16,22 @@ import torch.distributed as dist
 from conftest import LLMS, ROOT, TINY, part_of, random_batch, small_model, stage2_model
 from safetensors.torch import load_file
 from samples import TINY_RUN, batches_of, caption_file, few, question_file, shapes_model
+from test_train import retrieval_result
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
 import train
 from blip2 import Blip2
 from data import collate_lm
-from engine.distributed import all_gather, all_sum, fetch_rows, rank, world_size
-from engine.errors import run_command
+from engine import stop
+from engine.distributed import all_gather, all_sum, fetch_rows, flights, rank, record_flight, world_size
+from engine.errors import run_command, unexpected
 from engine.gradcache import two_pass_losses
+from engine.log import rows_of
 from model import OBJECTIVES, Blip2Model
-from sources.annotations import open_images
+from sources.mixture import open_images
 from tasks import batches as shares
+from tasks import validation
 from tasks.captions import captioning
 from tasks.features import cache_tokens, write_features
 from tasks.presets import write_result
@@ -301,6 +307,154 @@ def test_two_ranks_fine_tune_like_one(ranks, tmp_path):
     ranks(2, train_on_ranks, [*flags, "--out", str(tmp_path / "two")])
     assert "vit.blocks.0.fc1.weight" in load_file(tmp_path / "two/model.safetensors")
     same_run(tmp_path / "one", tmp_path / "two")
+
+
+def train_and_record(_, flags, seen, last=0):
+    """A training that is asked to stop in step `last`; notes the images of its rank's micro-batches in the folder."""
+    optimize = train.optimize
+
+    def recorded(ddp, optimizer, scaler, micro_batches, cfg, objectives, step):
+        for number, batch in enumerate(micro_batches):
+            (seen / f"{step}-{number}-{rank()}").write_text(json.dumps(batch.image_ids.tolist()))
+        if step == last:
+            stop.request(signal.SIGTERM)
+        return optimize(ddp, optimizer, scaler, micro_batches, cfg, objectives, step)
+
+    with pytest.MonkeyPatch.context() as patch, stop.signals():
+        patch.setattr(train, "optimize", recorded)
+        patch.setattr(train, "final_evaluation", lambda *_: None)
+        try:
+            train.main(flags)
+        except stop.Stopped:
+            assert last
+
+
+def images_of(seen) -> dict[int, list[int]]:
+    """The images of each step, in the order of micro-batches and ranks."""
+    files = sorted(tuple(map(int, file.name.split("-"))) for file in seen.iterdir())
+    steps = {step: [] for step, _, _ in files}
+    for file in files:
+        steps[file[0]] += json.loads((seen / "-".join(map(str, file))).read_text())
+    return steps
+
+
+FEWER = {  # flags of the run, and the micro-batches with which 4, 2 and 1 processes take its batch of 8
+    "ITC over all": ("", [2, 4, 8]),
+    "ITC over half": ("--micro-batch 1", [1, 2, 4]),
+    "GradCache": ("--micro-batch 1 --gradcache", [1, 1, 1]),
+    "stage 2": (f"--stage 2 --init {TINY_RUN}", [2, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_a_run_goes_on_with_fewer_processes_over_the_same_samples_with_the_same_losses(ranks, tmp_path, name, capsys):
+    """4, 2 and 1 process(es), two steps each, beside one process that is not interrupted. Where images are compared,
+    as many are at a time; else a process takes no more at once than before."""
+    more, sizes = FEWER[name]
+    flags = [*more.split(), *SAME, "--data", caption_file(tmp_path, 24)]
+    flags = [*(flags if "stage" in more else STAGE1 + flags), "--steps", "6", "--batch", "8", "--warmup", "0"]
+    whole = ["--micro-batch", "4"] if name == "ITC over half" else []
+    one, many, seen_by_one, seen = (tmp_path / folder for folder in ("one", "many", "seen by one", "seen"))
+    seen.mkdir(), seen_by_one.mkdir()
+    train_and_record(0, [*flags, *whole, "--out", str(one)], seen_by_one)
+    for processes, last in ((4, 2), (2, 4)):
+        ranks(processes, train_and_record, [*flags, "--resume", "auto", "--out", str(many)], seen, last)
+    train_and_record(0, [*flags, "--resume", "auto", "--out", str(many)], seen)
+    assert "resumed with 1 process(es) instead of 2: samples and losses go on; dropout" in capsys.readouterr().out
+    assert [len(json.loads((seen / f"{step}-0-0").read_text())) for step in (2, 4, 6)] == sizes
+    assert images_of(seen) == images_of(seen_by_one)
+    logs = [[row for row in rows_of(run / "log.jsonl") if "loss" in row] for run in (one, many)]
+    assert [row["step"] for row in logs[1]] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(*logs, strict=True):
+        for key in {"itc", "itm", "itg", "lm", "loss"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
+
+
+# --- several machines ------------------------------------------------------------------------------------------------
+
+
+def train_on_a_machine(number, flags, folder, last):
+    """A training of a rank that is alone on its machine, with a disk of its own, which is asked to stop in step `last`;
+    keeps the weights it has in the end."""
+    set_lr, final, taken = train.set_lr, train.final_evaluation, []
+
+    def asked_to_stop(*args):
+        taken.append(1)
+        if len(taken) == last:
+            stop.request(signal.SIGTERM)
+        set_lr(*args)
+
+    def evaluated(model, *args):
+        result = final(model, *args)
+        torch.save(dict(model.trained_state()), "weights.pt")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, stop.signals():
+        patch.chdir(folder / str(number))
+        for name, value in {"GROUP_RANK": number, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+            patch.setenv(name, str(value))
+        patch.setattr(
+            train, "set_lr", lambda *a: taken.append(1) or len(taken) == last and stop.request(15) or set_lr(*a)
+        )
+        patch.setattr(train, "final_evaluation", evaluated)
+        patch.setattr(validation, "evaluate", lambda *_, **__: retrieval_result(50.0))
+        patch.setattr(validation, "validation_lines", lambda *_: "validated")
+        patch.setattr(validation, "report", lambda *_, **__: None)
+        try:
+            train.main(flags)
+        except stop.Stopped:
+            assert last
+
+
+def test_machines_need_no_shared_disk(ranks, tmp_path):
+    """The run is on that of rank 0; a machine that does not see it gets the checkpoint to resume from, and the best
+    model in the end, and has a feature cache of its own."""
+    flags = f"--stage 2 --init {TINY_RUN} --steps 4 --save-every 2 --eval-every 4 --keep 2 --batch 4 --warmup 0".split()
+    flags = [*SAME, *flags, "--cache-features", "--data", caption_file(tmp_path, 12), "--out", "runs/a"]
+    for number in "01":
+        (tmp_path / number).mkdir()
+    ranks(2, train_on_a_machine, flags, tmp_path, 2)
+    for cached in (tmp_path / "1/runs/features").iterdir():  # this machine has been replaced
+        cached.unlink()
+    ranks(2, train_on_a_machine, [*flags, "--resume"], tmp_path, 0)
+
+    assert [row["step"] for row in rows_of(tmp_path / "0/runs/a/log.jsonl") if "lm" in row] == [1, 2, 3, 4]
+    caches = [contents_of(tmp_path / f"{number}/runs/features") for number in (0, 1)]
+    assert caches[0] == caches[1] and len(caches[0]) == 2
+    assert {path.name for path in (tmp_path / "1/runs").iterdir()} == {"features", ".a.copy"}
+    copied, sent = tmp_path / "1/runs/.a.copy/step-000002", tmp_path / "0/runs/a/step-000002"
+    assert contents_of(copied) == contents_of(sent) and "train_state.pt" in contents_of(sent)
+    best = load_file(tmp_path / "0/runs/a/best/model.safetensors")
+    for number in (0, 1):
+        weights = torch.load(tmp_path / f"{number}/weights.pt")
+        assert all(torch.equal(weights[name], tensor) for name, tensor in best.items())
+
+
+def contents_of(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_nccl_is_asked_to_write_its_last_collectives_beside_the_log(tmp_path, monkeypatch):
+    """Of those of this start the last sentence speaks. (NCCL itself needs GPUs.)"""
+    names = "TORCH_FR_BUFFER_SIZE TORCH_FR_DUMP_TEMP_FILE TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    names, old = names.split(), "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    for name in (*names, old):  # set, so that they are restored
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(old, "50")  # the user's
+    monkeypatch.setenv(names[-1], "1")  # torchrun's
+    record_flight(tmp_path)
+    assert [os.environ.get(name) for name in names] == [None, f"{tmp_path}/flight-rank", "1", "3"]
+    assert flights() == ""
+    for number, age in ((0, 0), (1, 1e6), (10, 0)):
+        file = tmp_path / f"flight-rank{number}"
+        file.touch()
+        os.utime(file, (time.time() + 1 - age,) * 2)
+    monkeypatch.setattr("engine.errors.world_size", lambda: 2)
+    said = unexpected(RuntimeError("[gloo] Connection closed by peer"))
+    files = f"{tmp_path}/flight-rank0, {tmp_path}/flight-rank10"
+    how = f"read them with torchfrtrace -p flight-rank {tmp_path}"
+    assert said.endswith(f"; the last collectives of each rank: {files}; {how}")
 
 
 def test_a_command_leaves_the_process_group(tmp_path):

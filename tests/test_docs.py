@@ -14,7 +14,7 @@ import config
 import eval as evaluation
 import train
 from engine.errors import UserError
-from tools import data, results, weights
+from tools import data, results, scale, weights
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
 README = PAGES[0].read_text()
@@ -143,7 +143,7 @@ def test_tables_match_the_logs(path):
 
 def test_every_table_of_results_is_shown_somewhere():
     shown = re.findall(r"<!-- table: (\w+) -->", "".join(path.read_text() for path in PAGES))
-    assert set(shown) == {make.__name__ for make in results.TABLES}
+    assert set(shown) == {make.__name__ for make in [*results.TABLES, scale.models, scale.runs]}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

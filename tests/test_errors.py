@@ -23,8 +23,9 @@ from engine import log
 from engine.errors import UserError, run_command
 from engine.files import read_json
 from engine.stop import Stopped
-from sources.annotations import AnnotationFile, open_images
+from sources.annotations import AnnotationFile
 from sources.images import images_in, open_image
+from sources.mixture import open_images
 from tasks.batches import PartialResults
 from tasks.features import CachedTokens
 from tools import data as data_command

@@ -6,7 +6,7 @@ import torch
 from conftest import small_model, small_qformer
 
 from blip2 import CaptionDecoder
-from generate import KVCache, generate, nucleus, rows_to_keep
+from generate import KVCache, draw, generate, nucleus, rows_to_keep
 
 WORDS, END = 12, 3
 
@@ -140,14 +140,35 @@ def test_beams_are_at_least_as_probable_as_greedy():
     assert all(beam >= one - 1e-4 for beam, one in scores) and any(beam > one + 1e-4 for beam, one in scores)
 
 
+def kept(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Which tokens of each row are in the nucleus."""
+    R, W = probabilities.shape
+    return torch.stack([nucleus(probabilities, torch.full((R,), token), top_p) for token in range(W)], dim=1)
+
+
 def test_nucleus_keeps_the_fewest_tokens_that_hold_top_p():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    torch.testing.assert_close(nucleus(logits, 0.8), torch.tensor([[0.5, 0.3, 0.0, 0.0]]))
-    torch.testing.assert_close(nucleus(logits, 0.81), torch.tensor([[0.5, 0.3, 0.15, 0.0]]))
-    torch.testing.assert_close(nucleus(logits, 0.01), torch.tensor([[0.5, 0.0, 0.0, 0.0]]))
-    torch.testing.assert_close(nucleus(logits, 1.0), logits.exp())
-    exact = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()  # no rounding: two tokens hold just 0.75
-    torch.testing.assert_close(nucleus(exact, 0.75), torch.tensor([[0.5, 0.25, 0.0, 0.0]]))
+    probabilities = torch.tensor([[0.3, 0.5, 0.15, 0.05]])
+    assert kept(probabilities, 0.8).tolist() == [[True, True, False, False]]
+    assert kept(probabilities, 0.81).tolist() == [[True, True, True, False]]
+    assert kept(probabilities, 0.01).tolist() == [[False, True, False, False]]
+    assert kept(probabilities, 1.0).all()
+    exact = torch.tensor([[0.5, 0.25, 0.125, 0.125]])  # no rounding: two tokens hold just 0.75
+    assert kept(exact, 0.75).tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.8, 1.0])
+def test_tokens_are_drawn_from_the_nucleus_as_often_as_they_are_probable(top_p):
+    """From a wide one as from a narrow one; words of no probability never."""
+    generator, draws = torch.Generator().manual_seed(0), 40_000
+    narrow = torch.tensor([0.0, 0.15, 0.5, 0.0, 0.05, 0.3] + [0.0] * 34).log()
+    wide = torch.linspace(1, 2, 40).log()
+    tokens = draw(torch.stack((narrow, wide)).repeat(draws // 2, 1), top_p, generator).view(-1, 2)
+    for logits, drawn in zip((narrow, wide), tokens.T):
+        probabilities = logits.softmax(dim=-1)
+        wanted = probabilities * kept(probabilities[None], top_p)[0]
+        found = drawn.bincount(minlength=40) / len(drawn)
+        assert not found[wanted == 0].any()
+        assert (found - wanted / wanted.sum()).abs().max() < 0.015
 
 
 def test_sampling_follows_its_generator_and_its_temperature():

@@ -11,23 +11,23 @@ from tools.figures import FLOORS, READ_FIRST
 
 # Lines of every file. Who needs a few more takes them, and changes the number.
 BUDGET = {
-    "vit.py": 180, "qformer.py": 310, "losses.py": 140, "model.py": 280, "train.py": 290, "llm.py": 470,
-    "generate.py": 260, "data.py": 350, "config.py": 460, "recipes.py": 140, "blip2.py": 640, "eval.py": 310,
+    "vit.py": 180, "qformer.py": 310, "losses.py": 140, "model.py": 280, "train.py": 300, "llm.py": 480,
+    "generate.py": 270, "data.py": 370, "config.py": 490, "recipes.py": 140, "blip2.py": 650, "eval.py": 320,
     "bench.py": 530,
-    "engine/checkpoint.py": 210, "engine/cuda_graph.py": 40, "engine/device.py": 100, "engine/distributed.py": 190,
+    "engine/checkpoint.py": 290, "engine/cuda_graph.py": 40, "engine/device.py": 100, "engine/distributed.py": 260,
     "engine/errors.py": 150, "engine/files.py": 230, "engine/gradcache.py": 100, "engine/health.py": 50,
-    "engine/kernels.py": 80, "engine/lock.py": 80, "engine/log.py": 250, "engine/progress.py": 40,
-    "engine/stop.py": 110,
-    "sources/annotations.py": 340, "sources/images.py": 200, "sources/layouts.py": 390, "sources/shapes.py": 350,
-    "sources/text.py": 220,
-    "weights/configs.py": 330, "weights/export.py": 220, "weights/load.py": 270, "weights/open.py": 330,
-    "weights/runs.py": 110, "weights/tables.py": 410,
+    "engine/kernels.py": 90, "engine/lock.py": 80, "engine/log.py": 260, "engine/permutation.py": 60,
+    "engine/progress.py": 40, "engine/sharding.py": 110, "engine/stop.py": 110,
+    "sources/annotations.py": 320, "sources/images.py": 200, "sources/layouts.py": 390, "sources/mixture.py": 170,
+    "sources/shapes.py": 350, "sources/shards.py": 360, "sources/text.py": 220,
+    "weights/configs.py": 330, "weights/export.py": 220, "weights/load.py": 280, "weights/open.py": 330,
+    "weights/runs.py": 110, "weights/tables.py": 420,
     "tasks/attention_maps.py": 150, "tasks/batches.py": 180, "tasks/captions.py": 90, "tasks/charts.py": 90,
-    "tasks/features.py": 170, "tasks/metrics.py": 270, "tasks/presets.py": 80, "tasks/report.py": 200,
-    "tasks/retrieval.py": 160, "tasks/samples.py": 100, "tasks/shapes_qa.py": 190, "tasks/validation.py": 170,
-    "tasks/vqa.py": 150,
-    "tools/data.py": 150, "tools/figures.py": 250, "tools/make_tiny.py": 440, "tools/report.py": 30,
-    "tools/results.py": 260, "tools/weights.py": 110,
+    "tasks/clip.py": 150, "tasks/features.py": 180, "tasks/metrics.py": 270, "tasks/presets.py": 80,
+    "tasks/report.py": 200, "tasks/retrieval.py": 160, "tasks/samples.py": 100, "tasks/shapes_qa.py": 190,
+    "tasks/validation.py": 180, "tasks/vqa.py": 150,
+    "tools/capfilt.py": 300, "tools/data.py": 170, "tools/figures.py": 250, "tools/make_tiny.py": 440,
+    "tools/report.py": 30, "tools/results.py": 260, "tools/scale.py": 120, "tools/weights.py": 110,
 }  # fmt: skip
 STAGE2 = ("llm.py", "generate.py")
 LONG_FUNCTIONS = {"train.py:train": 110}  # the loop is read as one
@@ -98,7 +98,7 @@ def test_every_file_keeps_its_budget(path):
 
 
 def test_the_whole_is_counted_too():
-    assert sum(lines_of(name_of(path)) for path in FILES) <= 12_200
+    assert sum(lines_of(name_of(path)) for path in FILES) <= 13_750
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -93,7 +93,7 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(tmp_path, monkeypa
         monkeypatch.setattr(Blip2, "caption", interrupted)
         with signals(), pytest.raises(Stopped):
             evaluation.main([*flags, str(tmp_path / "cut.json")])
-        assert state.advice == "type the same command again to go on"
+        assert state.advice() == "type the same command again to go on"
         (lines,) = (tmp_path / ".cut.json.batches").glob("*/*.jsonl")
         assert len(lines.read_text().splitlines()) == 1
         with open(lines, "a") as file:

@@ -25,7 +25,7 @@ from config import TrainConfig
 from engine.errors import UserError
 from losses import ITM_PRIOR, smoothing_floor
 from sources import shapes
-from sources.annotations import open_images
+from sources.mixture import open_images
 from tasks import validation
 from tasks.charts import POINTS, thinned, ticks
 from tasks.report import read_run, write_report

@@ -11,7 +11,7 @@ from samples import few, shapes_model
 
 import eval as evaluation
 from blip2 import Blip2
-from sources.annotations import open_images
+from sources.mixture import open_images
 from tasks.batches import Gallery
 from tasks.metrics import ranks, recalls, reranked_ranks
 from tasks.retrieval import report, retrieval, retrieval_table

@@ -16,9 +16,10 @@ from PIL import Image, ImageOps
 from engine.errors import UserError
 from llm import OPT, T5
 from sources import layouts
-from sources.annotations import AnnotationFile, Mixture, open_images
+from sources.annotations import AnnotationFile
 from sources.images import decode_crop, eval_transform, images_in, open_image, random_crop, to_rgb, train_transform
 from sources.layouts import open_records, stream_records
+from sources.mixture import Mixture, open_images
 from sources.text import (
     BertTokenizer,
     LLMTokenizer,

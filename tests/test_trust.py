@@ -4,10 +4,13 @@ is told from a good one, changed data from the old. (What is done to the command
 import json
 import multiprocessing
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,11 +24,12 @@ from test_sources import write_annotations
 
 import train
 from data import train_loader
-from engine import files, lock, stop
+from engine import checkpoint, files, lock, stop
 from engine.errors import UserError, run_command
 from engine.log import rows_of
-from sources.annotations import open_images
+from sources.mixture import open_images
 from tasks import features, validation
+from tests.fault_disks import fill, mounted
 
 SMALL = [*TINY, *"--steps 4 --batch 4 --queries 2 --image-size 64 --eval-every 0 --save-every 2 --keep 2".split()]
 
@@ -214,6 +218,104 @@ def test_what_the_disk_does_not_keep_is_not_kept_for_good(tmp_path, monkeypatch,
     assert train_in(other, *SMALL) == 2
     assert "has not kept what was written" in capsys.readouterr().err and not list(other.glob("step*"))
     assert (run / "model.safetensors").read_bytes() == before
+
+
+# --- checkpoints that are written while the training goes on ---------------------------------------------------------
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """They are, on the CPU too."""
+    monkeypatch.setattr(checkpoint, "BESIDE", ("cpu",))
+
+
+def test_a_checkpoint_written_beside_the_training_is_that_of_its_step(tmp_path, beside, train_in, monkeypatch):
+    """Though the loop has gone on: its thread writes when the next step has been taken."""
+    straight, run, taken, write = tmp_path / "straight", tmp_path / "run", [], checkpoint.write
+    set_lr = train.set_lr
+
+    def late(run, step, *args):
+        while len(taken) <= step < 4:  # set_lr is called before each step
+            time.sleep(0.01)
+        write(run, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "BESIDE", ())
+        assert train_in(straight, *SMALL) == 0
+    monkeypatch.setattr(checkpoint, "write", late)
+    monkeypatch.setattr(train, "set_lr", lambda *args: taken.append(1) or set_lr(*args))
+    assert train_in(run, *SMALL) == 0
+    for folder in ("step-000002", "step-000004"):
+        one, two = (load_file(each / folder / "model.safetensors") for each in (straight, run))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+        one, two = (checkpoint.read_state(each / folder) for each in (straight, run))
+        assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*map(moments_of, (one, two)), strict=True))
+        assert torch.equal(one["rng"][0]["cpu"], two["rng"][0]["cpu"])
+
+
+def moments_of(state: dict) -> list[dict]:
+    return list(state["optimizer"]["state"].values())
+
+
+def test_a_command_ends_when_its_checkpoint_is_written(tmp_path, beside, train_in, monkeypatch, capsys):
+    """After a stop, which is heard while the thread writes; and "is saved" is said of what is."""
+    write, set_lr = checkpoint.write, train.set_lr
+    monkeypatch.setattr(checkpoint, "write", lambda *args: time.sleep(1) or write(*args))
+    monkeypatch.setattr(train, "set_lr", lambda *args: stop.request(15) or set_lr(*args))
+    assert train_in(tmp_path / "run", *SMALL) == 143
+    assert "stopped: step 1 is saved; continue with: " in capsys.readouterr().err
+    assert checkpoint.read_state(tmp_path / "run/step-000001")["step"] == 1
+    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(
+        train, "set_lr", lambda *args: 1 / 0 if len(list(tmp_path.glob("run/step*"))) else set_lr(*args)
+    )
+    assert train_in(tmp_path / "run", "--resume") == 1
+
+
+def test_a_disk_that_is_full_while_the_training_goes_on_ends_it_with_the_sentence(
+    tmp_path, beside, train_in, monkeypatch, capsys
+):
+    """And the checkpoint before is whole."""
+    set_lr, disk = train.set_lr, tmp_path / "disk"
+    disk.mkdir()
+    with mounted(disk, 160) as allowed:
+        if not allowed:
+            pytest.skip("may not mount a small disk")
+
+        def fill_it(*args):
+            if (disk / "run/step-000001").exists():
+                fill(disk / "filler")
+            set_lr(*args)
+
+        monkeypatch.setattr(train, "set_lr", fill_it)
+        assert train_in(disk / "run", *SMALL, "--steps", 40, "--save-every", 1, "--log-every", 1) == 2
+        said = capsys.readouterr().err
+        assert re.search(r"cannot be written \(No space left on device.*: make room there \(step \d is saved; ", said)
+        assert checkpoint.read_state(checkpoint.checkpoints(disk / "run")[-1])
+        assert not list((disk / "run").glob(".*"))
+
+
+def test_of_ten_kills_amid_such_writes_none_loses_a_checkpoint(tmp_path, beside, train_in):
+    """Each time the run goes on from a whole one, and in the end it is that of a run that was not killed."""
+    flags, run, dice = [*SMALL, "--steps", 24, "--save-every", 1, "--log-every", 1], tmp_path / "run", random.Random(0)
+    assert train_in(tmp_path / "straight", *flags) == 0
+    go_on, saved = [*flags, "--resume", "auto"], 0
+    for _ in range(10):
+        child = multiprocessing.get_context("fork").Process(target=train_in, args=(run, *go_on))
+        child.start()
+        while child.is_alive() and not any(run.glob(".step-*.partial")):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.1))
+        child.kill()
+        child.join()
+        for folder in (found := checkpoint.checkpoints(run)):
+            assert f"step-{checkpoint.read_state(folder)['step']:06d}" == folder.name
+        newest = int(found[-1].name[5:]) if found else 0
+        assert newest >= saved
+        saved = newest
+    assert train_in(run, *go_on) == 0
+    one, two = ([row for row in rows_of(each / "log.jsonl") if "loss" in row] for each in (tmp_path / "straight", run))
+    assert [row["loss"] for row in one] == [row["loss"] for row in two] and len(one) == 24
 
 
 # --- the data --------------------------------------------------------------------------------------------------------

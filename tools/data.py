@@ -1,4 +1,4 @@
-"""Annotation files before a long run: `python -m tools.data check FILES`, `... convert FILE --out FILE`."""
+"""Data before a long run: `python -m tools.data check FILES`, `... convert FILE --out FILE`, `... index SHARDS`."""
 
 import argparse
 import hashlib
@@ -9,24 +9,38 @@ from collections import defaultdict
 from pathlib import Path
 
 from data import Loader
+from engine.distributed import print0, start_processes
 from engine.errors import Parser, UserError, at_least_1, expect, run_command
 from engine.files import check_output, write_json
 from engine.progress import progress
 from sources.annotations import AnnotatedImage, record_problem
-from sources.images import open_image
 from sources.layouts import open_records
+from sources.shards import TarShards, is_shards
 from sources.text import BertTokenizer, is_string, is_text
 
 
-class Files:
-    """Path -> (hash of the file's content, why it cannot be read or "")."""
+class Checked:
+    """[i] -> name of the image of sample i, hash of its file, and why it cannot be read, or ""."""
 
-    def __getitem__(self, path: str) -> tuple[str, str]:
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> tuple[str, str, str]:
+        sample = self.samples[index]
         try:
-            open_image(path)
-            return hashlib.sha256(Path(path).read_bytes()).hexdigest(), ""
+            sample.open()
+            return sample.name, hashlib.sha256(sample.read_bytes()).hexdigest(), ""
         except UserError as error:
-            return "", str(error)
+            return sample.name, "", str(error)
+
+
+def index(args: argparse.Namespace) -> None:
+    """Index tar shards, with all processes of torchrun, and print what they hold."""
+    start_processes()
+    for spec in args.shards:
+        expect(is_shards(spec), f"{spec} is no tar, folder of tars, pattern, or text file of their names")
+        found = TarShards(spec, args.caption_field)
+        print0(f"{spec}: {len(found):,} images, {found.num_texts:,} captions, {len(found.tars):,} tars, {found.path}")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -41,21 +55,25 @@ def check(args: argparse.Namespace) -> None:
         print("text lengths are not checked: add --bert FOLDER to see which texts are truncated")
     images_of: dict[Path, dict[str, str]] = {}  # file -> content hash -> the first image with it
     for file in dict.fromkeys(map(Path, args.annotations)):
-        name, every = open_records(file, args.split)
         folders, records = [Path(f) for f in args.images or [file if file.is_dir() else file.parent]], []
+        shards = TarShards(str(file), args.caption_field, need_texts=False) if is_shards(str(file)) else None
+        name, every = ("tar shards", ()) if shards else open_records(file, args.split)
         for record in every:
             if isinstance(record, dict) and isinstance(record.get("image"), str):
                 records.append(record)
             else:
                 problems[f'{file}: records without "image"'].append(json.dumps(record))
-        paths = list(dict.fromkeys(AnnotatedImage(record, folders).name for record in records))
+        images = [AnnotatedImage(record, folders) for record in records]
+        samples = shards or list({image.name: image for image in images}.values())
+        if shards:
+            records = [{"image": sample.name, "caption": sample.captions} for sample in samples]
         where = ", ".join(map(str, folders))
-        print(f"{file}: {name}, {len(records):,} records, {len(paths):,} images in {where}", flush=True)
+        print(f"{file}: {name}, {len(records):,} records, {len(samples):,} images in {where}", flush=True)
         found = text_problems(records, tokenizer, args.max_text_tokens)
         problems |= {f"{file}: {kind}": rows for kind, rows in found.items()}
         first, workers = {}, args.workers if args.workers >= 0 else os.cpu_count() or 1
-        results = Loader(Files(), None, sampler=paths, num_workers=workers)
-        for path, (content, reason) in progress(zip(paths, results), f"checking {file}", len(paths)):
+        results = Loader(Checked(samples), None, sampler=range(len(samples)), num_workers=workers)
+        for path, content, reason in progress(results, f"checking {file}", len(samples)):
             if reason:
                 problems[f"{file}: unreadable images"].append(reason)
             elif first.setdefault(content, path) != path:
@@ -132,11 +150,16 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--max-text-tokens", type=at_least_1, default=32)
     p.add_argument("--workers", type=int, default=-1, help="processes that read images, by default one a core")
     p.set_defaults(run=check)
+    i = commands.add_parser("index", help="index tar shards; with torchrun by several processes")
+    i.add_argument("shards", nargs="+", help="patterns, folders, or text files of names")
+    i.set_defaults(run=index)
     c = commands.add_parser("convert", help="from a published layout (sources/layouts.py) to this project's records")
     c.add_argument("file", help="captions or questions")
     c.add_argument("answers", nargs="?", help="VQA's second file, the annotations")
     c.add_argument("--out", required=True, help="the .json to write")
     c.set_defaults(run=convert)
+    for sub in (p, i):
+        sub.add_argument("--caption-field", default="", help="of tar shards: the JSON field with the captions")
     for sub in (p, c):
         sub.add_argument("--split", default="train", help="of Karpathy's files")
     args = parser.parse_args(argv)

@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from engine.errors import UserError, expect, shorten
 from engine.files import MAX_CONFIG, expect_file, read_json
 from engine.progress import progress
-from weights.tables import Row, Table
+from engine.sharding import is_sharded, own_rows, with_rows
+from weights.tables import IDENTITY, JOIN, Row, Table
 
 warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused or read, in our words
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which Lightning, others and LAVIS put the tensors
@@ -37,14 +38,14 @@ def load(
     """Copy `source` into the tensors of `target` (see `tensors_of`) as `table` says. Returns the load report.
 
     Existing ones keep their dtype and device. Those on the meta device are created on `device`, in `dtype` or
-    the file's, one at a time, so that at most one tensor exists twice.
+    the file's, one at a time, so that at most one tensor exists twice; of a sharded one this rank's rows.
     Raises UserError with the full list of problems, before anything is changed.
     """
     plan, report = match(target, source, table, what)
     loaded, targets = [], tensors_of(target)
     for ours, (row, keys) in progress(plan.items(), f"loading {what}"):
         parameter = targets[ours]
-        tensor = row.transform.read(*(source[key] for key in keys))
+        tensor = read(row, [source[key] for key in keys], parameter)
         if parameter.is_meta:  # a copy: a tensor mapped from a file would change with the file
             tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
         if tensor.numel() and tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
@@ -58,11 +59,19 @@ def load(
             if parameter.is_meta:
                 owner, _, name = ours.rpartition(".")
                 is_parameter = isinstance(parameter, nn.Parameter)  # or a buffer
+                tensor = with_rows(parameter, tensor) if is_sharded(parameter) else tensor
                 new = nn.Parameter(tensor, parameter.requires_grad) if is_parameter else tensor
                 setattr(target.get_submodule(owner), name, new)
             else:
                 parameter.copy_(tensor)
     return report
+
+
+def read(row: Row, parts: list[Tensor], parameter: Tensor) -> Tensor:
+    """What fills a parameter; of a sharded one this rank's rows, beside which none are read if rows are only joined."""
+    if is_sharded(parameter):
+        return own_rows(parameter, parts if row.transform in (IDENTITY, JOIN) else [row.transform.read(*parts)])
+    return row.transform.read(*parts)
 
 
 def match(

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.distributed import world_size
 from engine.errors import expect
+from engine.sharding import draw, shard
 from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries
 from vit import PRESETS, ViT, ViTConfig
 from weights.configs import bert_config, check_run, hf_qformer_config, image_norm, llm_config, read_config, vit_config
@@ -23,14 +25,18 @@ BARE_FILES = {"eva-g": EVA, "clip-l": CLIP_BARE}  # encoders whose published fil
 
 def fill(
     kind: type[nn.Module], cfg, paths: list[Path], table: Table | None, what: str,
-    dtype: torch.dtype, device: str | torch.device,
+    dtype: torch.dtype, device: str | torch.device, sharded: bool = False,
 ) -> tuple[nn.Module, str]:  # fmt: skip
-    """A frozen part, `kind(cfg)`, with the weights of its files, or random ones without files; and its load report."""
-    with torch.device("meta" if paths else device), no_init():
+    """A frozen part, `kind(cfg)`, with the weights of its files, or random ones without files; and its load report.
+    sharded: spread over all ranks, if there are several."""
+    sharded = sharded and world_size() > 1
+    with torch.device("meta" if paths or sharded else device), no_init():
         part = kind(cfg)
+    if sharded:
+        shard(part.to(dtype), device)
     if paths:
         return part, load(part, open_tensors(paths), table, what, dtype, device)
-    part.init_weights()
+    draw(part, device) if sharded else part.init_weights()
     return part.to(dtype), f"{what}: RANDOM WEIGHTS, for dry runs and benchmarks only"
 
 
@@ -75,11 +81,11 @@ def find_vit(spec: str) -> tuple[ViTConfig, Table | None, list[Path]]:
 
 
 def load_vit(
-    spec: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    spec: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", sharded: bool = False
 ) -> tuple[ViT, str, Source]:
     """The encoder that `--vit` names (see `find_vit`), its load report, and its source."""
     cfg, table, paths = find_vit(spec)
-    vit, report = fill(ViT, cfg, paths, table, f"vit {spec}", dtype, device)
+    vit, report = fill(ViT, cfg, paths, table, f"vit {spec}", dtype, device, sharded)
     if os.path.isdir(spec) and (missing := {"mean", "std"} - image_norm(Path(spec)).keys()):
         report += f"; CLIP's {' and '.join(sorted(missing))} of pixels, as {spec} names none"
     return vit, report, Source(spec, paths)
@@ -139,8 +145,9 @@ def check_llm_dtype(llm, dtype: torch.dtype | None, spec: str) -> None:
 
 
 def load_llm(
-    spec: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", act: str | None = None
-) -> tuple[nn.Module, str, Source]:
+    spec: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", act: str | None = None,
+    sharded: bool = False,
+) -> tuple[nn.Module, str, Source]:  # fmt: skip
     """The language model that `--llm` names (a folder, a BLIP-2 folder, or a preset for random weights), its load
     report, and its source. act: T5's activation, if not that of its config.json."""
     cfg, family = llm_config(spec)
@@ -150,7 +157,7 @@ def load_llm(
     cfg = cfg if act is None else replace(cfg, act=act)
     check_llm_dtype(family.kind, dtype, spec)
     paths = weight_files(Path(spec)) if os.path.isdir(spec) else []
-    return *fill(family.kind, cfg, paths, family.table, f"llm {spec}", dtype, device), Source(spec, paths)
+    return *fill(family.kind, cfg, paths, family.table, f"llm {spec}", dtype, device, sharded), Source(spec, paths)
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------

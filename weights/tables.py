@@ -167,6 +167,23 @@ CLIP = Table(
     renames={r"^vision_model\.": ""},
 )
 
+# Both towers, all blocks and the projections: tasks/clip.py.
+CLIP_TOWERS = Table(
+    [
+        *under("vision_model.", "vit.", CLIP.rows),
+        *both("vision_model.post_layernorm", "vision_norm"),
+        Row(("visual_projection.weight",), "vision_proj.weight"),
+        *(
+            Row((f"text_model.embeddings.{part}_embedding.weight",), f"text.{part}_embedding.weight")
+            for part in ("token", "position")
+        ),
+        *under("text_model.", "text.", hf_encoder_rows("out_proj")),
+        *both("text_model.final_layer_norm", "text.norm"),
+        Row(("text_projection.weight",), "text.proj.weight"),
+    ],
+    ignored={"logit_scale": "the temperature, which changes no order", r".*position_ids": "a buffer that counts"},
+)
+
 DINOV2 = Table(
     [
         Row(("embeddings.cls_token",), "cls_token"),
