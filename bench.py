@@ -59,7 +59,7 @@ from engine.distributed import print0, rank, start_processes, world_size
 from engine.errors import Parser, UserError, at_least_1, expect, run_command
 from engine.files import check_output
 from generate import generate
-from llm import OPT, OPTDecoder, T5Decoder
+from llm import T5, CausalDecoder, T5Decoder
 from model import OBJECTIVES, Blip2Model
 from qformer import QFormerConfig
 from sources.mixture import open_images
@@ -284,7 +284,7 @@ def generation(args: argparse.Namespace) -> Work:
         groups = generate(decoder, end_id=model.llm_tokenizer.end_id, **settings)
         return torch.tensor([group[0] for group in groups])
 
-    kind = OPTDecoder if isinstance(model.llm, OPT) else T5Decoder
+    kind = T5Decoder if isinstance(model.llm, T5) else CausalDecoder
     parts = {
         "encoding": [(model, "encode_image")],
         "prompt": [(model.llm, "decoder_for"), (kind, "start")],

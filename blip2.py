@@ -29,7 +29,7 @@ from losses import itc_similarity
 from model import OBJECTIVES, Blip2Model
 from qformer import ImageKV, QFormer
 from sources.images import as_image, eval_transform
-from sources.text import BertTokenizer, LLMTokenizer, fill_template, pad
+from sources.text import BertTokenizer, LLMTokenizer, pad
 from vit import ViT
 from weights.configs import llm_config
 from weights.load import load, open_tensors
@@ -110,7 +110,7 @@ class Blip2(Blip2Model):
         encoder, vit_report, vit_source = load_vit(vit, vit_dtype(precision, device), device, "vit" in sharded)
         qformer, bert_report, bert_source = load_bert(bert, image_width=encoder.cfg.width, **qformer_sizes)
         tokenizer = BertTokenizer(bert, max_text_tokens, qformer.cfg.vocab_size)
-        check_size(image_size, encoder.cfg.patch_size, vit)
+        check_size(image_size, encoder.cfg, vit)
         longest = qformer.cfg.max_positions // 8 * 8  # `pad` rounds up to 8
         expect(
             3 <= max_text_tokens <= longest,
@@ -170,7 +170,7 @@ class Blip2(Blip2Model):
         model.vit.requires_grad_(train_vit)
         model.set_precision(precision, device)
         if found.llm is not None:
-            report(model.attach_llm(found.llm, found.template, found.llm_act))
+            report(model.attach_llm(found.llm, found.template, found.llm_act, found.prompt_format))
             model.prompt = found.prompt
         if found.conditioned:
             model.condition_on_question()
@@ -180,22 +180,29 @@ class Blip2(Blip2Model):
         if model.holds_vit and not train_vit:
             model.vit_in_file = {name: t for name, t in found.tensors.items() if name.startswith("vit.")}
         if image_size is not None:
-            check_size(image_size, model.vit.cfg.patch_size, str(path))
+            check_size(image_size, model.vit.cfg, str(path))
             model.image_size = image_size
         if train_vit:
             model.unfreeze_vit()
         return model.eval()
 
-    def attach_llm(self, spec: str, template: str | None = None, act: str | None = None) -> str:
+    def attach_llm(
+        self, spec: str, template: str | None = None, act: str | None = None, form: str | None = None
+    ) -> str:
         """Put a frozen language model after the queries (see `add_llm`) -> its load report.
 
         spec: see `load_llm`; it is read straight into this model's precision, on its device. template: of questions,
-        with {} for the question, by default the language model's. act: see `load_llm`.
+        with {} for the question, by default the language model's. act: see `load_llm`. form: --prompt-format, by
+        default what the folder says (sources/prompts.py).
         """
         cfg, family = llm_config(spec)  # the tokenizer first: its errors come before gigabytes are read
-        kind = family.kind
-        folder = spec if os.path.isdir(spec) else TINY / kind.__name__.lower()  # random weights have no tokenizer
-        tokenizer = LLMTokenizer(folder, kind.prompt_format, self.tokenizer.max_tokens if self.tokenizer else 32)
+        kind, longest = family.kind, self.tokenizer.max_tokens if self.tokenizer else 32
+        expect(
+            form is None or kind.prompt_format is None,
+            f"got --prompt-format {form} for {spec}: {kind.__name__} has a format of its own, leave it out",
+        )
+        folder = spec if os.path.isdir(spec) else TINY / kind.tokenizer  # random weights have no tokenizer
+        tokenizer = LLMTokenizer(folder, kind.prompt_format, longest, form)
         expect(
             tokenizer.vocab_size <= cfg.vocab_size,
             f"{spec} has a tokenizer of {tokenizer.vocab_size} words and weights of {cfg.vocab_size}, expected no more "
@@ -203,11 +210,11 @@ class Blip2(Blip2Model):
         )
         where = self.amp_dtype or torch.float32, self.device
         llm, report, source = load_llm(spec, *where, act, "llm" in self.sharded)
-        self.add_llm(llm)
+        self.add_llm(llm, len(tokenizer.before_image))
         self.sources["llm"], self.llm_act, self.llm_tokenizer = source, act, tokenizer
-        self.template = template or llm.prompt_format.template
+        self.template = template or tokenizer.format.template
         self.check_context_length(tokenizer.max_tokens, 0)
-        return report
+        return report + f"; prompt format {tokenizer.format_name}" * bool(tokenizer.format_name)
 
     def save_pretrained(self, folder: str | Path, relative_to: str | Path | None = None, **extra) -> None:
         """Write config.json, model.safetensors and tokenizer.json, from which `from_pretrained` opens the model.
@@ -438,7 +445,7 @@ class Blip2(Blip2Model):
 
         For one image: a question, or a list of them -> its answer, or a list. For a list of images: a question for
         all, or a list with one (or a list of them) for each -> a list of that shape.
-        A question is a string, or a conversation [(question, answer), ..., question]; see `fill_template`.
+        A question is a string, or a conversation [(question, answer), ..., question]; see `LLMTokenizer.fill`.
         template: for the questions, with {} for the question; by default the run's own. "{}" leaves a question
         unchanged, so it can be any prompt. decoding: as of `caption`, but by default max_new_tokens=10,
         min_new_tokens=1, num_beams=5, length_penalty=-1.0. UserError: no language model, questions that do not fit.
@@ -494,7 +501,7 @@ class Blip2(Blip2Model):
         self.need_llm()
         encoded = self.encode_image(images)
         asked = QuestionBatch(questions, None if is_single(images) else len(encoded.tokens))
-        prompts = [fill_template(template or self.template, question) for question in asked.questions]
+        prompts = [self.llm_tokenizer.fill(template or self.template, question) for question in asked.questions]
         if self.conditioned:
             return asked, self.condition_queries(encoded, asked.rows, asked.questions), prompts
         return asked, encoded.query_out[asked.rows], prompts
@@ -512,9 +519,8 @@ class Blip2(Blip2Model):
         """Decoders after the image and prompt of each row, in batches of similar length; yields (rows, decoder)."""
         ids = self.llm_tokenizer.encode_prompts(prompts)
         self.check_context_length(max(map(len, ids)), new_tokens)
-        order, side = sorted(range(len(ids)), key=lambda i: len(ids[i])), self.llm_tokenizer.format.padding_side
-        for part in chunked(order, batch_size):
-            text, mask = pad([ids[i] for i in part], self.llm_tokenizer.pad_id, side, multiple=1)
+        for part in chunked(sorted(range(len(ids)), key=lambda i: len(ids[i])), batch_size):
+            text, mask = self.llm_tokenizer.pad_prompts([ids[i] for i in part])
             visual = query_out[part].to(self.device)
             prefix, mask = self.llm_prefix(visual, text.to(self.device), mask.to(self.device))
             yield part, self.llm.decoder_for(prefix, mask, new_tokens)
@@ -550,6 +556,7 @@ class Blip2(Blip2Model):
     def check_context_length(self, prompt_tokens: int, new_tokens: int) -> None:
         """Refuse what is longer than the language model's position table."""
         Q, limit = self.qformer.cfg.num_queries, self.llm.max_positions
+        prompt_tokens += self.before_image
         expect(
             limit is None or Q + prompt_tokens + new_tokens <= limit,
             f"got {Q} visual embeddings, a prompt of {prompt_tokens} tokens and {new_tokens} new ones, expected at "

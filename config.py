@@ -35,6 +35,7 @@ from recipes import (
     scaled,
 )
 from sources.mixture import check_spec
+from sources.prompts import FORMATS
 from weights.configs import check_run, llm_config, read_config
 from weights.open import find_vit
 from weights.runs import relocated
@@ -84,6 +85,8 @@ class TrainConfig:
     bert: str = flag(f"{TINY}/bert", "BERT folder that the Q-Former starts from", resume=True)
     llm: str = flag(f"{TINY}/opt", "frozen language model: a folder, or a name for random weights", stages=WITH_LLM,
                     resume=True)  # fmt: skip
+    prompt_format: str | None = flag(None, "what a model of the Llama family reads, if not what its folder says",
+                                     one_of(*FORMATS), ("2",))  # fmt: skip
     shard_vit: bool = flag(False, "spread the frozen ViT over all processes", resume=True)
     shard_llm: bool = flag(False, "spread the language model over all processes", stages=WITH_LLM, resume=True)
     freeze_vit: bool | None = flag(None, "leave the ViT frozen", stages=FINE_TUNING)

@@ -73,7 +73,7 @@ def qformer_batch(ids: list[list[int]], pad_id: int, image_ids: list[int], **res
 
 def llm_batch(prompts: list[list[int]], targets: list[list[int]], tokenizer: LLMTokenizer, image_ids, **rest) -> Batch:
     """Stage 2: prompts and targets of the language model, as token ids."""
-    prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_id, tokenizer.format.padding_side, multiple=1)
+    prompt_ids, prompt_mask = tokenizer.pad_prompts(prompts)
     target_ids, target_mask = pad(targets, tokenizer.pad_id)
     labels = torch.where(target_mask, target_ids, -100)
     text = dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, target_ids=target_ids)

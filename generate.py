@@ -1,6 +1,6 @@
 """Decoding: greedy, sampling (temperature, nucleus) and beam search, for any model that can append a token.
 
-A decoder is an object with three methods (`llm.OPTDecoder`, `llm.T5Decoder`, `blip2.CaptionDecoder`):
+A decoder is an object with three methods (`llm.CausalDecoder`, `llm.T5Decoder`, `blip2.CaptionDecoder`):
 
     start() -> logits (B, W)          run whatever precedes the new text, once per image
     step(tokens) -> logits (R, W)     append tokens (R,) to the R rows; logits of the next token

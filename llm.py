@@ -1,17 +1,18 @@
-"""The frozen language models of stage 2 (paper 3.3): OPT, decoder-only, and T5 v1.1 / Flan-T5, encoder-decoder.
+"""The frozen language models of stage 2 (paper 3.3): OPT and the Llama family, decoder-only; T5, encoder-decoder.
 
-The interface of a language model, one class; docs/faq.md lists where a third one is registered:
+The interface of a language model, one class; docs/faq.md lists where another one is registered:
 
     cfg, grad_checkpointing, init_weights()           with vocab_size, width, depth, heads, mlp; bool; random weights
-    prompt_format, presets                            `PromptFormat`; name -> configuration, for --llm NAME
+    prompt_format                                     `PromptFormat`; None: chosen by its folder (sources/prompts.py)
+    presets, tokenizer                                name -> configuration, for --llm NAME; their folder in assets/tiny
     width, max_positions, fits_fp16                   L; None: no limit; False: overflows in fp16
     embed(ids)                                        (B, T) -> (B, T, L)
     forward(prompt, prompt_mask, target)              logits (B, T, W) of the target's tokens, given the prompt
     decoder_for(prompt, prompt_mask, max_new_tokens)  start, step, select of generate.py; append, expand for scoring
 
-A prompt is a sequence of embeddings, the visual ones first. OPT continues it; T5's encoder reads it and T5's decoder
-writes the target. Frozen: eval mode (LAVIS leaves dropout on), no gradient for the weights, half precision below fp32;
-the gradient flows through the model to the visual embeddings.
+A prompt is a sequence of embeddings, the visual ones among them. OPT and Llama continue it; T5's encoder reads it and
+T5's decoder writes the target. Frozen: eval mode (LAVIS leaves dropout on), no gradient for the weights, half precision
+below fp32; the gradient flows through the model to the visual embeddings.
 
 Letters: B rows, n prompt positions, T target tokens, S positions; see also the glossary of qformer.py.
 """
@@ -30,20 +31,7 @@ from engine.kernels import Linear, TiedEmbedding, attention, shared_attention
 from engine.sharding import is_sharded
 from generate import KVCache
 from qformer import split_heads
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """Format of prompts and targets after the visual embeddings, applied by `sources.text.LLMTokenizer`."""
-
-    prompt_start: str  # token before a prompt
-    prompt_end: str  # token after it
-    text_end: str  # token that ends a target
-    separator: str  # between a prompt and its target
-    padding_side: str  # of the prompts of a batch
-    prefix_lm: bool  # stage 2 predicts a caption's suffix given its prefix (paper 3.3); else all of it
-    template: str  # of questions, unless --template is passed
-    padding: str = "<pad>"  # token
+from sources.prompts import PromptFormat
 
 
 def causal_mask(real: Tensor, rows: int) -> Tensor:
@@ -54,6 +42,146 @@ def causal_mask(real: Tensor, rows: int) -> Tensor:
     position = torch.arange(real.shape[1], device=real.device)
     row, key = position[-rows:, None], position[None, :]
     return (((key < row) & real[:, None, :]) | (key == row))[:, None]
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as a bias of the scores, made once for all blocks; attention would make it in each."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
+class RMSNorm(nn.Module):
+    """The norm of T5 and Llama: no mean, no bias, fp32 inside."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+# --- decoder-only ----------------------------------------------------------------------------------------------------
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model (paper Figure 3, top): each position predicts the next token.
+
+    Prompts are left-padded, after the visual embeddings, so that the last position of every row is its last token.
+    A subclass has word_embedding, blocks, width, kv_size (heads of the cache, their width), `run` and `logits`.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.max_positions = cfg.max_positions  # visual embeddings, prompt and text together
+        self.grad_checkpointing = False  # recompute each block in the backward pass: slower, far less memory
+
+    @torch.no_grad()
+    def init_weights(self):
+        """N(0, 1 / width), so that a Linear keeps the variance of its input; 0.02 at OPT-2.7B's width."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0, self.cfg.width**-0.5)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, L)."""
+        return self.word_embedding(ids)
+
+    def forward(self, prompt: Tensor, prompt_mask: Tensor, target: Tensor) -> Tensor:
+        """Logits (B, T, W) of the target's tokens.
+
+        prompt (B, n, L), prompt_mask (B, n) bool; target (B, T), right-padded, which needs no mask.
+        """
+        x = torch.cat((prompt, self.word_embedding(target[:, :-1])), dim=1)
+        real = F.pad(prompt_mask, (0, target.shape[1] - 1), value=True)
+        x = self.read(x, real)[:, -target.shape[1] :]  # the prompt's last position predicts the first token
+        return self.logits(x)
+
+    def read(self, x: Tensor, real: Tensor, cache: KVCache | None = None) -> Tensor:
+        """All blocks over x (B, n, L), the last n of S positions; real: (B, S) bool, True = no padding."""
+        positions = (real.cumsum(dim=1) * real - 1)[:, -x.shape[1] :]  # real tokens count from 0, padding is -1
+        return self.run(x, positions, as_bias(causal_mask(real, x.shape[1]), x.dtype), cache)
+
+    def run_blocks(self, x: Tensor, *context, cache=None) -> Tensor:
+        """All blocks over x, each called with the context."""
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x = block(x, *context, cache)
+        return x
+
+    def decoder_for(self, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> "CausalDecoder":
+        """A decoder for generate.py."""
+        return CausalDecoder(self, prompt, prompt_mask, max_new_tokens)
+
+
+class LLMDecoder:
+    """What decoders share (see generate.py)."""
+
+    def __init__(self, cache: KVCache):
+        self.cache, self.graphed = cache, CUDAGraphed()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token (R,) to each row -> logits of the next (R, W)."""
+        sharded = is_sharded(self.model.word_embedding.weight)  # its gathering cannot be captured
+        logits = self.static_step(tokens) if sharded else self.graphed(self.static_step, tokens)
+        self.cache.length += 1
+        return logits
+
+    def select(self, rows: Tensor, beams: int = 1) -> bool:
+        """Row i becomes a copy of old row rows[i]; returns whether the cache has been reallocated."""
+        moved = self.cache.select(rows)
+        if moved:
+            self.graphed = CUDAGraphed()
+        return moved
+
+    def expand(self, copies: int) -> "LLMDecoder":
+        """A copy of the decoder with each row repeated `copies` times; this one is unchanged."""
+        twin, k = copy.copy(self), self.cache.k
+        twin.cache = copy.copy(self.cache)  # shallow: without beams, `select` reallocates its tensors
+        twin.select(torch.arange(k.shape[1], device=k.device).repeat_interleave(copies), copies)
+        return twin
+
+
+class CausalDecoder(LLMDecoder):
+    """Decoder of a `CausalLM`: the prompt of each row runs once, then tokens are appended."""
+
+    def __init__(self, model: CausalLM, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int):
+        cfg, (B, n, _) = model.cfg, prompt.shape
+        heads, head_width = model.kv_size
+        super().__init__(KVCache(cfg.depth, B, heads, n + max_new_tokens, head_width, prompt))
+        self.model, self.prompt = model, prompt
+        self.real = F.pad(prompt_mask, (0, self.cache.capacity - n), value=False)  # (R, capacity): filled, not padding
+
+    def start(self) -> Tensor:
+        """Run the prompt -> logits of the first token (B, W)."""
+        real = self.real[:, : self.prompt.shape[1]]
+        return self.model.logits(self.model.read(self.prompt, real, self.cache)[:, -1])
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """Append tokens (R, T) -> logits (R, T, W) of the token after each."""
+        end = self.cache.length + tokens.shape[1]
+        self.real[:, self.cache.length : end] = True
+        return self.model.logits(self.model.read(self.model.embed(tokens), self.real[:, :end], self.cache))
+
+    def static_step(self, tokens: Tensor) -> Tensor:
+        """`step` with fixed shapes; see `KVCache.static_view`."""
+        self.real.index_fill_(1, self.cache.position, True)
+        positions = self.real.sum(dim=1, keepdim=True) - 1
+        x = self.model.embed(tokens[:, None])
+        bias = as_bias(self.real[:, None, None], x.dtype)
+        x = self.model.run(x, positions, bias, self.cache.static_view())
+        return self.model.logits(x[:, 0])
+
+    def select(self, rows: Tensor, beams: int = 1) -> bool:
+        """See `LLMDecoder.select`; `real` is equal in all beams of an image."""
+        moved = super().select(rows)
+        if moved:
+            self.real = self.real[rows]
+        return moved
 
 
 # --- OPT -------------------------------------------------------------------------------------------------------------
@@ -102,13 +230,9 @@ class OPTBlock(nn.Module):
         return self.proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
-class OPT(nn.Module):
-    """Decoder-only (paper Figure 3, top): [visual] [BOS] prompt text, each position predicting the next.
-
-    [BOS] follows the visual embeddings and is never a label (in LAVIS it is one where the prompt is empty). The target
-    ends in a newline. Prompts are left-padded, between the visual embeddings and [BOS], so that the last position of
-    every row is its last token.
-    """
+class OPT(CausalLM):
+    """[visual] [BOS] prompt text. [BOS] follows the visual embeddings and is never a label (in LAVIS it is one where
+    the prompt is empty). The target ends in a newline."""
 
     prompt_format = PromptFormat("</s>", "", "\n", " ", "left", prefix_lm=False, template="Question: {} Answer:")
     presets = {  # the paper's (3.4), and the smallest
@@ -116,14 +240,13 @@ class OPT(nn.Module):
         "opt-2.7b": OPTConfig(),
         "opt-6.7b": OPTConfig(width=4096, depth=32, heads=32, mlp=16384, embed_width=4096),
     }
+    tokenizer = "opt"
     fits_fp16 = True
 
     def __init__(self, cfg: OPTConfig):
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         self.width = cfg.embed_width  # of the prompt's embeddings, before `project_in`
-        self.max_positions = cfg.max_positions  # visual embeddings, prompt and text together
-        self.grad_checkpointing = False  # recompute each block in the backward pass: slower, far less memory
+        self.kv_size = cfg.heads, cfg.width // cfg.heads  # of the cache: heads and their width
         self.word_embedding = TiedEmbedding(cfg.vocab_size, cfg.embed_width)
         self.position_embedding = nn.Embedding(cfg.max_positions + 2, cfg.width)  # row 0: unused, 1: padding
         projects = cfg.embed_width != cfg.width
@@ -132,116 +255,124 @@ class OPT(nn.Module):
         self.ln_final = nn.LayerNorm(cfg.width) if cfg.pre_norm else nn.Identity()
         self.project_out = Linear(cfg.width, cfg.embed_width, bias=False) if projects else nn.Identity()
 
-    @torch.no_grad()
-    def init_weights(self):
-        """N(0, 1 / width), so that a Linear keeps the variance of its input; 0.02 at OPT-2.7B's width."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0, self.cfg.width**-0.5)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, L)."""
-        return self.word_embedding(ids)
-
-    def forward(self, prompt: Tensor, prompt_mask: Tensor, target: Tensor) -> Tensor:
-        """Logits (B, T, W) of the target's tokens.
-
-        prompt (B, n, L), prompt_mask (B, n) bool; target (B, T), right-padded, which needs no mask.
-        """
-        x = torch.cat((prompt, self.word_embedding(target[:, :-1])), dim=1)
-        real = F.pad(prompt_mask, (0, target.shape[1] - 1), value=True)
-        x = self.read(x, real)[:, -target.shape[1] :]  # the prompt's last position predicts the first token
-        return self.logits(x)
-
-    def read(self, x: Tensor, real: Tensor, cache: KVCache | None = None) -> Tensor:
-        """All blocks over x (B, n, L), the last n of S positions; real: (B, S) bool, True = no padding."""
-        positions = (real.cumsum(dim=1) * real + 1)[:, -x.shape[1] :]  # OPT counts real tokens only, from 2
-        return self.run(x, positions, causal_mask(real, x.shape[1]), cache)
-
     def run(self, x: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
-        """All blocks over x (B, n, L) at `positions` (B, n) of OPT's table; mask: see `kernels.attention`."""
-        x = self.project_in(x) + self.position_embedding(positions)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask, cache)
-        return x
+        """All blocks over x (B, n, L) at `positions` (B, n), -1 = padding; mask: see `kernels.attention`."""
+        x = self.project_in(x) + self.position_embedding(positions + 2)
+        return self.run_blocks(x, mask, cache=cache)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., L) -> (..., W); the output matrix is the word embedding."""
         return self.word_embedding(self.project_out(self.ln_final(x)))
 
-    def decoder_for(self, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> "OPTDecoder":
-        """A decoder for generate.py."""
-        return OPTDecoder(self, prompt, prompt_mask, max_new_tokens)
+
+# --- the Llama family ------------------------------------------------------------------------------------------------
 
 
-class LLMDecoder:
-    """What the decoders of OPT and T5 share (see generate.py)."""
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Architecture of a Llama 2 or 3, SmolLM2, Mistral, Qwen2 or Qwen3; the defaults are SmolLM2-135M's."""
 
-    def __init__(self, cache: KVCache):
-        self.cache, self.graphed = cache, CUDAGraphed()
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token (R,) to each row -> logits of the next (R, W)."""
-        sharded = is_sharded(self.model.word_embedding.weight)  # its gathering cannot be captured
-        logits = self.static_step(tokens) if sharded else self.graphed(self.static_step, tokens)
-        self.cache.length += 1
-        return logits
-
-    def select(self, rows: Tensor, beams: int = 1) -> bool:
-        """Row i becomes a copy of old row rows[i]; returns whether the cache has been reallocated."""
-        moved = self.cache.select(rows)
-        if moved:
-            self.graphed = CUDAGraphed()
-        return moved
-
-    def expand(self, copies: int) -> "LLMDecoder":
-        """A copy of the decoder with each row repeated `copies` times; this one is unchanged."""
-        twin, k = copy.copy(self), self.cache.k
-        twin.cache = copy.copy(self.cache)  # shallow: without beams, `select` reallocates its tensors
-        twin.select(torch.arange(k.shape[1], device=k.device).repeat_interleave(copies), copies)
-        return twin
+    vocab_size: int = 49152
+    width: int = 576
+    depth: int = 30
+    heads: int = 9
+    kv_heads: int = 3  # each is shared by heads / kv_heads queries
+    head_width: int = 64  # heads * head_width need not be the width
+    mlp: int = 1536
+    max_positions: int = 8192
+    eps: float = 1e-5
+    rope_theta: float = 1e5
+    rope_factor: float = 1.0  # RoPE of the type llama3: low frequencies are divided by it; 1: of the type default
+    rope_low: float = 1.0  # turns within rope_positions at and below which a frequency is low
+    rope_high: float = 4.0  # from which it is high, and stays
+    rope_positions: int = 8192
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
+    tied: bool = True  # the output matrix is the word embedding
 
 
-class OPTDecoder(LLMDecoder):
-    """Decoder of OPT: the prompt of each row runs once, then tokens are appended."""
+def rope(positions: Tensor, cfg: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding: cosines and signed sines (B, 1, n, K), fp32, of `rotate` at positions (B, n)."""
+    half = torch.arange(0, cfg.head_width, 2, device=positions.device).float()
+    frequency = 1 / cfg.rope_theta ** (half / cfg.head_width)
+    turns = cfg.rope_positions * frequency / (2 * math.pi)
+    high = ((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)).clamp(0, 1)
+    frequency = torch.lerp(frequency / cfg.rope_factor, frequency, high)
+    angle = positions[:, None, :, None] * frequency
+    return torch.cat((angle, angle), dim=-1).cos(), torch.cat((-angle, angle), dim=-1).sin()
 
-    def __init__(self, model: OPT, prompt: Tensor, prompt_mask: Tensor, max_new_tokens: int):
-        cfg, (B, n, _) = model.cfg, prompt.shape
-        super().__init__(KVCache(cfg.depth, B, cfg.heads, n + max_new_tokens, cfg.width // cfg.heads, prompt))
-        self.model, self.prompt = model, prompt
-        self.real = F.pad(prompt_mask, (0, self.cache.capacity - n), value=False)  # (R, capacity): filled, not padding
 
-    def start(self) -> Tensor:
-        """Run the prompt -> logits of the first token (B, W)."""
-        real = self.real[:, : self.prompt.shape[1]]
-        return self.model.logits(self.model.read(self.prompt, real, self.cache)[:, -1])
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + K/2}) of (B, H, n, K) by the angles of `rope`."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
-    def append(self, tokens: Tensor) -> Tensor:
-        """Append tokens (R, T) -> logits (R, T, W) of the token after each."""
-        end = self.cache.length + tokens.shape[1]
-        self.real[:, self.cache.length : end] = True
-        return self.model.logits(self.model.read(self.model.embed(tokens), self.real[:, :end], self.cache))
 
-    def static_step(self, tokens: Tensor) -> Tensor:
-        """`step` with fixed shapes; see `KVCache.static_view`."""
-        self.real.index_fill_(1, self.cache.position, True)
-        positions = self.real.sum(dim=1, keepdim=True) + 1
-        x = self.model.embed(tokens[:, None])
-        bias = torch.zeros_like(self.real, dtype=x.dtype).masked_fill(~self.real, float("-inf"))
-        x = self.model.run(x, positions, bias[:, None, None], self.cache.static_view())
-        return self.model.logits(x[:, 0])
+class LlamaBlock(nn.Module):
+    """Causal self-attention with rotary positions, in which groups of heads share keys, and SwiGLU; pre-norm."""
 
-    def select(self, rows: Tensor, beams: int = 1) -> bool:
-        """See `LLMDecoder.select`; `real` is equal in all beams of an image."""
-        moved = super().select(rows)
-        if moved:
-            self.real = self.real[rows]
-        return moved
+    def __init__(self, cfg: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads = layer, cfg.heads, cfg.kv_heads
+        self.ln_1 = RMSNorm(cfg.width, cfg.eps)
+        self.q = Linear(cfg.width, cfg.heads * cfg.head_width, bias=cfg.qkv_bias)
+        self.kv = Linear(cfg.width, 2 * cfg.kv_heads * cfg.head_width, bias=cfg.qkv_bias)
+        self.q_norm = RMSNorm(cfg.head_width, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_width, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.proj = Linear(cfg.heads * cfg.head_width, cfg.width, bias=False)
+        self.ln_2 = RMSNorm(cfg.width, cfg.eps)
+        self.gate = Linear(cfg.width, cfg.mlp, bias=False)
+        self.up = Linear(cfg.width, cfg.mlp, bias=False)
+        self.down = Linear(cfg.mlp, cfg.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache=None) -> Tensor:
+        """(B, n, L) -> the same; the cache, if given, holds the keys and values of earlier positions."""
+        normed = self.ln_1(x)
+        q = rotate(self.q_norm(split_heads(self.q(normed), self.heads)), cos, sin)
+        k, v = (split_heads(part, self.kv_heads) for part in self.kv(normed).chunk(2, dim=2))
+        k = rotate(self.k_norm(k), cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        groups = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # heads that share a key, as more rows of one
+        out = attention(groups, k, v, mask).reshape(q.shape)
+        x = x + self.proj(out.transpose(1, 2).flatten(2))
+        normed = self.ln_2(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+class Llama(CausalLM):
+    """[BOS] [visual] prompt text [EOS] for a base model; a chat model reads the visual embeddings inside the user's
+    turn, and writes the text in its own. `sources.prompts` has the formats."""
+
+    prompt_format = None
+    presets = {
+        "smollm2-135m": LlamaConfig(),
+        "qwen3-0.6b": LlamaConfig(151936, 1024, 28, 16, 8, 128, 3072, 40960, 1e-6, 1e6, qk_norm=True),
+        "qwen2.5-3b": LlamaConfig(151936, 2048, 36, 16, 2, 128, 11008, 32768, 1e-6, 1e6, qkv_bias=True),
+        "llama-3.2-3b": LlamaConfig(128256, 3072, 28, 24, 8, 128, 8192, 131072, 1e-5, 5e5, rope_factor=32.0),
+        "llama-3.1-8b": LlamaConfig(
+            128256, 4096, 32, 32, 8, 128, 14336, 131072, 1e-5, 5e5, rope_factor=8.0, tied=False
+        ),
+    }
+    tokenizer = "opt"
+    fits_fp16 = True
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__(cfg)
+        self.width, self.kv_size = cfg.width, (cfg.kv_heads, cfg.head_width)
+        self.word_embedding = TiedEmbedding(cfg.vocab_size, cfg.width)
+        self.blocks = nn.ModuleList(LlamaBlock(cfg, layer) for layer in range(cfg.depth))
+        self.ln_final = RMSNorm(cfg.width, cfg.eps)
+        self.lm_head = None if cfg.tied else Linear(cfg.width, cfg.vocab_size, bias=False)
+
+    def run(self, x: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
+        """All blocks over x (B, n, L) at `positions` (B, n); mask: see `kernels.attention`."""
+        cos, sin = (part.to(x.dtype) for part in rope(positions, self.cfg))
+        mask = mask.repeat(1, 1, self.cfg.heads // self.cfg.kv_heads, 1)  # for the rows of a group
+        return self.run_blocks(x, cos, sin, mask, cache=cache)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., L) -> (..., W)."""
+        return (self.lm_head or self.word_embedding)(self.ln_final(x))
 
 
 # --- T5 --------------------------------------------------------------------------------------------------------------
@@ -266,19 +397,6 @@ class T5Config:
 
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
-
-
-class RMSNorm(nn.Module):
-    """T5's norm: no mean, no bias, fp32 inside."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * y.to(self.weight.dtype)
 
 
 class T5Attention(nn.Module):
@@ -384,6 +502,7 @@ class T5(nn.Module):
 
     prompt_format = PromptFormat("", "</s>", "</s>", "", "right", prefix_lm=True, template="Question: {} Short answer:")
     presets = {"flan-t5-xl": T5Config(), "flan-t5-xxl": T5Config(width=4096, heads=64, mlp=10240)}
+    tokenizer = "t5"
     fits_fp16 = False  # its activations overflow there
     max_positions = None
 

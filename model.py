@@ -52,12 +52,14 @@ class Blip2Model(nn.Module):
 
     # --- what is trained ---------------------------------------------------------------------------------------------
 
-    def add_llm(self, llm: nn.Module) -> None:
+    def add_llm(self, llm: nn.Module, before_image: int = 0) -> None:
         """Stage 2 (paper 3.3): put a frozen language model after the queries, with a new projection to its width.
+
+        before_image: how many tokens of every prompt stand before the visual embeddings.
 
         Trained from here on: `ln_vision`, the queries and their part of the Q-Former, `llm_proj`.
         """
-        self.llm = llm.requires_grad_(False).eval()
+        self.llm, self.before_image = llm.requires_grad_(False).eval(), before_image
         self.llm_proj = nn.Linear(self.qformer.cfg.width, llm.width, device=self.device)
         text_branch = (
             self.qformer.word_embedding,
@@ -146,9 +148,9 @@ class Blip2Model(nn.Module):
         """Soft visual prompt (paper Figure 3): (B, Q, D), ids and mask (B, n) -> embeddings (B, Q + n, L), mask."""
         with self.autocast():
             visual = self.llm_proj(query_out)  # (B, Q, L)
-        words = self.llm.embed(prompt_ids)
-        mask = F.pad(prompt_mask, (visual.shape[1], 0), value=True)  # no visual embedding is ever padding
-        return torch.cat((visual.to(words.dtype), words), dim=1), mask
+        words, first = self.llm.embed(prompt_ids), self.before_image
+        mask = F.pad(prompt_mask, (visual.shape[1], 0), value=True)  # neither these nor the first are ever padding
+        return torch.cat((words[:, :first], visual.to(words.dtype), words[:, first:]), dim=1), mask
 
     # --- stage 1 -----------------------------------------------------------------------------------------------------
 

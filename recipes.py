@@ -1,7 +1,7 @@
 """Recipes: the paper's hyperparameters as one visible table, those of the shapes world, and those for small data."""
 
 from engine.distributed import world_size
-from llm import OPTConfig, T5Config
+from llm import T5Config
 
 STAGES = ("1", "2", "caption", "vqa", "retrieval")
 WITH_LLM = ("2", "caption", "vqa")
@@ -54,7 +54,7 @@ RECIPES = {
     "retrieval, paper, ViT-L": RETRIEVAL | dict(lr=5e-6, beta2=0.98, vit_lr_decay=1.0),
     "retrieval, paper, ViT-g": dict(**RETRIEVAL, vit_lr_decay=0.95),
     "caption, small": SMALL_TUNING | dict(prompt="a photo of"),
-    "vqa, small": SMALL_TUNING | dict(template="Question: {} Answer:"),
+    "vqa, small": SMALL_TUNING,
     "retrieval, small": SMALL_TUNING | dict(lr=2e-4, negatives_ramp=0),
     # The tiny language model has never seen "a photo of".
     "caption, tiny": TINY_TUNING | dict(steps=1600, lr=3e-4, prompt=""),
@@ -77,7 +77,7 @@ def recipe_values(stage: str, name: str) -> str:
     return "; ".join(f"{who} {value}" if len(values) > 1 else value for value, who in values.items())
 
 
-def paper_column(stage: str, llm: OPTConfig | T5Config) -> str:
+def paper_column(stage: str, llm) -> str:
     """The column of the paper's tables that is nearest to the language model."""
     if stage == "2":
         return ", T5" if isinstance(llm, T5Config) else ", OPT"

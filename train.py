@@ -162,8 +162,8 @@ def build_model(
         model = Blip2.from_pretrained(resumed_from or init, cfg.vit, llm=llm, **where)
     if cfg.stage == "2" and not resumed_from:
         had = model.sources.get("llm")
-        if had is None or Path(had.spec).resolve() != Path(cfg.llm).resolve():
-            print0(model.attach_llm(cfg.llm), "the projection to it is new")
+        if had is None or cfg.prompt_format or Path(had.spec).resolve() != Path(cfg.llm).resolve():
+            print0(model.attach_llm(cfg.llm, form=cfg.prompt_format), "the projection to it is new")
     if cfg.stage in WITH_LLM:
         model.llm.grad_checkpointing = bool(cfg.grad_checkpointing)
     else:

@@ -53,7 +53,7 @@ def memory_estimate(model, micro_batch: int, objectives: tuple[str, ...], cached
     frozen = bytes_per_rank(p for p in model.parameters() if not p.requires_grad)
     cfg, vit, Q, T = model.qformer.cfg, model.vit.cfg, model.qformer.cfg.num_queries, 16
     size = 4 if model.amp_dtype is None else 2
-    P = (model.image_size // vit.patch_size) ** 2 + 1
+    P = vit.tokens(model.image_size)
     # (rows, keys) of the self-attention of each pass of a sample, and how often its queries read an image
     passes = [(Q, Q)] + [(T, T)] * ("itc" in objectives)
     passes += [(Q + T, Q + T)] * 3 * ("itm" in objectives) + [(T, Q + T)] * ("itg" in objectives)

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 
 from engine.errors import UserError, expect, shorten
 from engine.files import MAX_CONFIG, expect_file, whole
+from sources.prompts import PromptFormat, choose_format
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
 
@@ -150,19 +152,24 @@ class BertTokenizer:
 
 
 class LLMTokenizer:
-    """The language model's tokenizer, which puts the special tokens around prompts and targets.
+    """The language model's tokenizer, which puts the special tokens around images, prompts and targets.
 
-    prompt_format: `llm.PromptFormat`. OPT reads "</s> prompt" and writes "target newline", T5 reads "prompt </s>" and
-    writes "target </s>".
+    prompt_format: of the language model's class; None: chosen by the folder, or by `name`, see `choose_format`. OPT
+    reads "</s> prompt" and writes "target newline", T5 reads "prompt </s>" and writes "target </s>".
     """
 
-    def __init__(self, folder: str | Path, prompt_format, max_tokens: int = 32):
-        self.folder, self.format, self.max_tokens = Path(folder), prompt_format, max_tokens
+    def __init__(self, folder: str | Path, prompt_format: PromptFormat | None, max_tokens: int = 32, name=None):
+        self.folder, self.max_tokens = Path(folder), max_tokens
         self.tokenizer = open_tokenizer(self.folder)
+        self.format_name, form = None, prompt_format
+        if form is None:
+            self.format_name, form = choose_format(self.folder, self.tokenizer, name)
+        self.format = form
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=0) + 1
-        self.start = [self.token(prompt_format.prompt_start)] if prompt_format.prompt_start else []
-        self.end = [self.token(prompt_format.prompt_end)] if prompt_format.prompt_end else []
-        self.end_id, self.pad_id = self.token(prompt_format.text_end), self.token(prompt_format.padding)
+        for special in re.findall("<[^<>]+>", form.prompt_start + form.before_image + form.prompt_end):
+            self.token(special)  # else it would be read as several words
+        self.end_id, self.pad_id = self.token(form.text_end), self.token(form.padding)
+        self.before_image, self.start, self.end = self.encode([form.before_image, form.prompt_start, form.prompt_end])
 
     def token(self, text: str) -> int:
         """The id of a text that is one token."""
@@ -175,9 +182,25 @@ class LLMTokenizer:
         """Token ids without special tokens."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+    def fill(self, template: str, turns) -> str:
+        """`fill_template`; a chat model gets each question and answer of a conversation as a turn."""
+        form = self.format
+        if not form.next_turn or isinstance(turns, str):
+            return fill_template(template, turns)
+        *past, question = turns
+        said = [fill_template(template, asked) + form.prompt_end + answer + form.next_turn for asked, answer in past]
+        return "".join(said) + fill_template(template, question)
+
     def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
         """What the model reads after the visual embeddings."""
         return [self.start + ids + self.end for ids in self.encode(prompts)]
+
+    def pad_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """All that the model reads beside the visual embeddings: ids (B, n) and mask (B, n) bool of the tokens before
+        them, equal in all rows, then of the prompts after them."""
+        ids, mask = pad(prompts, self.pad_id, self.format.padding_side, multiple=1)
+        first = torch.tensor(self.before_image, dtype=torch.long).expand(len(ids), -1)
+        return torch.cat((first, ids), dim=1), F.pad(mask, (first.shape[1], 0), value=True)
 
     def encode_targets(self, targets: list[str], prompts: list[str]) -> list[list[int]]:
         """What the model writes after the prompts."""
@@ -191,7 +214,7 @@ class LLMTokenizer:
         prompt_ids, target_ids, truncated = self.encode_prompts(prompts), self.encode_targets(targets, prompts), 0
         for row, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
             # OPT's text counts from [BOS] on; T5's two sides, as in LAVIS, and a prompt and its answer each by itself.
-            limit = self.max_tokens - (0 if self.format.prefix_lm or prompts[row] else len(prompt))
+            limit = self.max_tokens - (0 if self.format.prefix_lm or prompts[row] else len(self.start))
             truncated += len(prompt) > self.max_tokens or len(target) > limit
             prompt_ids[row] = truncate(prompt, self.max_tokens, self.end)
             target_ids[row] = truncate(target, limit, [self.end_id])

@@ -43,9 +43,9 @@ def recorded_attention(qformer):
 
 
 def on_patches(model, maps: Tensor) -> Tensor:
-    """(..., P) -> (..., h, w), without [CLS], the first token."""
+    """(..., P) -> (..., h, w), without [CLS], which is first where an encoder has one."""
     grid = model.image_size // model.vit.cfg.patch_size
-    return maps[..., 1:].unflatten(-1, (grid, grid))
+    return maps[..., -grid * grid :].unflatten(-1, (grid, grid))
 
 
 @torch.no_grad()
@@ -93,8 +93,7 @@ def word_map(model, image, word: str, prompt: str = "", question: str = "") -> T
 def word_log_prob(model, query_out: Tensor, word: str, prompt: str) -> Tensor:
     """Log-probability of the word after image and prompt, without its end token."""
     tokenizer = model.llm_tokenizer
-    prompts = tokenizer.encode_prompts([prompt])
-    prompt_ids, mask = pad(prompts, tokenizer.pad_id, tokenizer.format.padding_side, multiple=1)
+    prompt_ids, mask = tokenizer.pad_prompts(tokenizer.encode_prompts([prompt]))
     (target,) = tokenizer.encode_targets([word], [prompt])
     target = torch.tensor([target[:-1]], device=model.device)
     prefix, mask = model.llm_prefix(query_out, prompt_ids.to(model.device), mask.to(model.device))

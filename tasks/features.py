@@ -73,7 +73,7 @@ def cache_tokens(model: Blip2, images: Mixture, folder: Path, workers: int) -> C
 
 def token_shape(model: Blip2) -> tuple[int, int]:
     """(P, V) of an image."""
-    return 1 + (model.image_size // model.vit.cfg.patch_size) ** 2, model.vit.cfg.width
+    return model.vit.cfg.tokens(model.image_size), model.vit.cfg.width
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -12,7 +12,7 @@ from generate import generate
 from sources import shapes
 from sources.annotations import ShapesSource
 from sources.mixture import Mixture
-from sources.text import clean_caption, fill_template, pad
+from sources.text import clean_caption
 from tasks.batches import IMAGES, encode_images, evaluation, shard
 
 BLANK = Image.new("RGB", (64, 64), (178, 178, 178))  # an empty scene
@@ -161,9 +161,10 @@ def answers_to_text(model: Blip2, asked: list[tuple[str, str]], batch_size: int 
     tokenizer, answers = model.llm_tokenizer, []
     for part in progress(list(chunked(asked, batch_size)), "answers from the text"):
         descriptions, questions = map(list, zip(*part))
-        prompts = tokenizer.encode_prompts([fill_template(model.template, question) for question in questions])
+        filled = [tokenizer.fill(model.template, question) for question in questions]
+        prompts = tokenizer.encode_prompts(filled)
         ids = [described + prompt for described, prompt in zip(tokenizer.encode(descriptions), prompts)]
-        prompt_ids, mask = pad(ids, tokenizer.pad_id, tokenizer.format.padding_side, multiple=1)
+        prompt_ids, mask = tokenizer.pad_prompts(ids)
         embedded = model.llm.embed(prompt_ids.to(model.device))
         decoder = model.llm.decoder_for(embedded, mask.to(model.device), ANSWERS["max_new_tokens"])
         groups = generate(decoder, end_id=tokenizer.end_id, **ANSWERS)  # as `Blip2.ask` does

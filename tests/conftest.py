@@ -1,5 +1,6 @@
 """What several tests need: small models with non-trivial weights, batches, finished runs, a pool of ranks."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -19,9 +21,13 @@ import train  # noqa: E402
 from blip2 import Blip2  # noqa: E402
 from data import Batch, qformer_batch  # noqa: E402
 from engine import distributed  # noqa: E402
+from llm import Llama, LlamaConfig, RMSNorm  # noqa: E402
 from qformer import QFormer, QFormerConfig  # noqa: E402
 from sources import shapes  # noqa: E402
 from vit import ViT, ViTConfig  # noqa: E402
+from weights.configs import LLAMA_FIELDS, write_fields  # noqa: E402
+from weights.load import unload  # noqa: E402
+from weights.tables import LLAMA_TABLE  # noqa: E402
 
 torch.set_num_threads(1)  # the models are tiny: a second thread would only wait for the first
 
@@ -101,9 +107,9 @@ def small_model(seed: int = 0, tokenizer=None, **sizes) -> Blip2:
 
 
 def stage2_model(kind: str, seed: int = 0, **sizes) -> Blip2:
-    """A small model with the tiny OPT or T5; images of 8 x 8 pixels."""
+    """A small model with the tiny OPT or T5, or another language model's folder; images of 8 x 8 pixels."""
     model = small_model(seed, **sizes)
-    model.attach_llm(LLMS[kind])
+    model.attach_llm(LLMS.get(kind, kind))
     roughen(model.llm_proj, seed)
     return model.eval()
 
@@ -122,6 +128,25 @@ def part_of(batch: Batch, rows: range) -> Batch:
     ids = [batch.text_ids[row][batch.text_mask[row]].tolist() for row in rows]
     image_ids = batch.image_ids[rows.start : rows.stop].tolist()
     return qformer_batch(ids, 0, image_ids, images=batch.images[rows.start : rows.stop])
+
+
+@pytest.fixture(scope="session")
+def llm_specs(tmp_path_factory) -> dict[str, str]:
+    """Folders of small language models: of LLMS, and of two random Llamas with OPT's tokenizer."""
+    specs = dict(LLMS)
+    for name, tied in (("llama", True), ("llama-untied", False)):
+        sizes = dict(vocab_size=438, width=128, depth=2, heads=4, kv_heads=2, head_width=32, mlp=192, tied=tied)
+        torch.manual_seed(0)
+        llm, folder = Llama(LlamaConfig(**sizes)), tmp_path_factory.mktemp(name)
+        llm.init_weights()
+        for norm in filter(lambda module: isinstance(module, RMSNorm), llm.modules()):
+            roughen(norm)
+        save_file(unload(llm, LLAMA_TABLE), folder / "model.safetensors")
+        shutil.copy(ROOT / LLMS["opt"] / "tokenizer.json", folder)
+        config = {"model_type": "llama", "eos_token_id": 2} | write_fields(LLAMA_FIELDS, llm.cfg)
+        (folder / "config.json").write_text(json.dumps(config | {"rope_theta": llm.cfg.rope_theta}))
+        specs[name] = str(folder)
+    return specs
 
 
 # --- finished runs: trained once per session, read-only; a test that changes one copies it ----------------------------

@@ -20,6 +20,7 @@ import torch._dynamo  # the optimizer imports it: once for all children
 import eval as evaluation
 import train
 from engine.errors import run_command
+from engine.stop import end_children
 from tools import data as data_command
 from tools import weights as weights_command
 
@@ -90,7 +91,8 @@ class Command:
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}", *torchrun]
             os.execv(sys.executable, [sys.executable, *launch[: 99 * (self.ranks > 1)], *self.words])
         status = run_main(self.words)
-        multiprocessing.util._exit_function()  # ends loader workers, as the interpreter does
+        end_children()  # both end loader workers, as the interpreter does
+        multiprocessing.util._exit_function()
         return status
 
     def printed(self) -> str:

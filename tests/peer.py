@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from blip2 import Blip2
 from data import Batch
-from llm import OPT
+from llm import T5, CausalLM, Llama, OPTConfig, T5Config
 from qformer import ImageKV, QFormer, QueryCache, qformer_mask
-from weights.configs import OPT_FIELDS, T5_FIELDS, hf_config, write_fields
+from weights.configs import LLAMA_FIELDS, OPT_FIELDS, ROPE_FIELDS, T5_FIELDS, hf_config, write_fields
 from weights.export import hf_llm_state, hf_state
+from weights.load import unload
+from weights.tables import LLAMA_TABLE
 
 transformers.logging.set_verbosity_error()
 
@@ -24,23 +26,17 @@ def transformers_twin(model: Blip2) -> nn.Module:
     """transformers' class with the same weights, in the same precisions."""
     config, retrieval = hf_config(model), model.llm is None
     if not retrieval:
-        llm, opt = model.llm.cfg, isinstance(model.llm, OPT)
-        if opt:
-            text = {"model_type": "opt"} | write_fields(OPT_FIELDS, llm)
-        else:
-            text = {"model_type": "t5"} | write_fields(T5_FIELDS, llm)
-            text |= dict(feed_forward_proj="gated-gelu", dense_act_fn=llm.act, is_gated_act=True)
-            text |= dict(scale_decoder_outputs=False, tie_word_embeddings=False, decoder_start_token_id=llm.pad_id)
+        text = text_config(model.llm.cfg)
         text |= dict(eos_token_id=model.llm_tokenizer.end_id, pad_token_id=model.llm_tokenizer.pad_id)
-        config |= {"image_token_index": llm.vocab_size - 1, "text_config": text}  # a token that no text has
+        config |= {"image_token_index": text["vocab_size"] - 1, "text_config": text}  # a token that no text has
     with torch.device(model.device):
         twin = getattr(transformers, config.pop("architectures")[0])(transformers.Blip2Config(**config))
     state = hf_state(model)
     if not retrieval:
-        if not opt:  # whatever its configuration says, T5's head is tied to its words
+        if isinstance(model.llm, T5):  # whatever its configuration says, T5's head is tied to its words
             head = twin.language_model.lm_head
             head.weight = nn.Parameter(head.weight.detach().clone())
-        state |= hf_llm_state(model.llm, model.llm.cfg.vocab_size)
+        state |= llm_state(model.llm)
     lacking = twin.load_state_dict({k: v.detach() for k, v in state.items()}, strict=False).missing_keys
     tied = ("lm_head.weight", "embed_tokens.weight", "position_ids")
     assert not [key for key in lacking if not key.endswith(tied)], lacking
@@ -49,8 +45,30 @@ def transformers_twin(model: Blip2) -> nn.Module:
     twin.vision_model.encoder.to(products)
     twin.vision_model.embeddings.to(products)
     if not retrieval:
-        twin.language_model.to(model.llm.word_embedding.weight.dtype)
+        for parameter in twin.language_model.parameters():  # not its buffers: the frequencies of RoPE stay fp32
+            parameter.data = parameter.data.to(model.llm.word_embedding.weight.dtype)
     return twin
+
+
+def text_config(llm) -> dict:
+    """The language model in a Blip2Config, by our configuration."""
+    if isinstance(llm, OPTConfig):
+        return {"model_type": "opt"} | write_fields(OPT_FIELDS, llm)
+    if isinstance(llm, T5Config):
+        text = {"model_type": "t5"} | write_fields(T5_FIELDS, llm)
+        text |= dict(feed_forward_proj="gated-gelu", dense_act_fn=llm.act, is_gated_act=True)
+        return text | dict(scale_decoder_outputs=False, tie_word_embeddings=False, decoder_start_token_id=llm.pad_id)
+    rope = dict(rope_type="default" if llm.rope_factor == 1 else "llama3", rope_theta=llm.rope_theta)
+    text = {"model_type": "qwen3" if llm.qk_norm else "qwen2" if llm.qkv_bias else "llama"}
+    return text | write_fields(LLAMA_FIELDS, llm) | {"rope_parameters": rope | write_fields(ROPE_FIELDS, llm)}
+
+
+def llm_state(llm: nn.Module) -> dict[str, Tensor]:
+    """The language model's weights in a Blip2ForConditionalGeneration; of a Llama none are exported to one."""
+    if not isinstance(llm, Llama):
+        return hf_llm_state(llm, llm.cfg.vocab_size)
+    state = unload(llm, LLAMA_TABLE).items()
+    return {f"language_model.{'' if key == 'lm_head.weight' else 'model.'}{key}": value for key, value in state}
 
 
 def pixels_of(model: Blip2, images: Tensor) -> Tensor:
@@ -58,10 +76,10 @@ def pixels_of(model: Blip2, images: Tensor) -> Tensor:
     return model.vit.normalize(images).to(model.amp_dtype or torch.float32)
 
 
-def visual_prompt(twin: nn.Module, prompt_ids: Tensor) -> Tensor:
-    """Image tokens, which mark the places of the visual embeddings in transformers, and the prompt."""
-    Q = twin.config.num_query_tokens
-    return torch.cat((prompt_ids.new_full((len(prompt_ids), Q), twin.config.image_token_index), prompt_ids), dim=1)
+def visual_prompt(twin: nn.Module, prompt_ids: Tensor, before_image: int) -> Tensor:
+    """Image tokens, which mark the places of the visual embeddings in transformers, and the prompt around them."""
+    images = prompt_ids.new_full((len(prompt_ids), twin.config.num_query_tokens), twin.config.image_token_index)
+    return torch.cat((prompt_ids[:, :before_image], images, prompt_ids[:, before_image:]), dim=1)
 
 
 # --- stage 1: transformers cannot train it, so its ViT and Q-Former do our passes ------------------------------------
@@ -158,9 +176,9 @@ class TheirStage2(nn.Module):
         for part in (self.twin.qformer, self.twin.language_projection, self.twin.vision_model.post_layernorm):
             part.requires_grad_(True)
         self.twin.query_tokens.requires_grad_(True)
-        ids = prefix = visual_prompt(self.twin, batch.prompt_ids)
+        ids = prefix = visual_prompt(self.twin, batch.prompt_ids, model.before_image)
         labels = batch.labels
-        if isinstance(model.llm, OPT):
+        if isinstance(model.llm, CausalLM):
             ids = torch.cat((prefix, batch.target_ids), dim=1)
             labels = torch.cat((torch.full_like(prefix, -100), labels), dim=1)
         mask = torch.cat((torch.ones_like(prefix), (labels != -100).long()[:, prefix.shape[1] :]), dim=1)
@@ -187,7 +205,7 @@ def their_generation(model: Blip2, batch: Batch, settings: dict) -> Callable[[],
     """A function that captions the batch -> (B, new tokens)."""
     twin = transformers_twin(model)
     prefix, pixels, new = (
-        visual_prompt(twin, batch.prompt_ids),
+        visual_prompt(twin, batch.prompt_ids, model.before_image),
         pixels_of(model, batch.images),
         settings["max_new_tokens"],
     )
@@ -198,7 +216,7 @@ def their_generation(model: Blip2, batch: Batch, settings: dict) -> Callable[[],
         inputs = dict(pixel_values=pixels, input_ids=prefix, attention_mask=torch.ones_like(prefix))
         with model.autocast():
             out = twin.generate(**inputs, do_sample=False, **ends, **settings)
-        return out[:, -new:] if isinstance(model.llm, OPT) else out[:, 1 : new + 1]
+        return out[:, -new:] if isinstance(model.llm, CausalLM) else out[:, 1 : new + 1]
 
     return run
 

@@ -1,8 +1,10 @@
 """Where the queries look: the maps are the model's own attention, and Grad-CAM for a word lies where the object is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import ROOT, small_model, stage2_model
+from conftest import ROOT, roughen, small_model, stage2_model
 from PIL import Image
 
 import eval as evaluation
@@ -11,6 +13,7 @@ from engine.errors import UserError
 from sources.shapes import ShapesWorld
 from sources.text import BertTokenizer, fill_template
 from tasks.attention_maps import attention_maps, draw_attention, on_patches, recorded_attention, sheet, word_map
+from vit import SIGLIP, ViT
 
 RED = Image.new("RGB", (8, 8), "red")
 
@@ -68,6 +71,9 @@ def test_a_query_that_asks_for_a_patch_attends_to_it():
 def test_the_class_token_has_no_place_in_a_map():
     model = small_model()  # 8 pixels, patches of 4: [CLS] and 2 x 2
     assert on_patches(model, torch.arange(5.0)).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert attention_maps(model, RED).shape == (2, 3, 2, 2)
+    model.vit = roughen(ViT(replace(model.vit.cfg, **SIGLIP)))  # without [CLS]
+    assert on_patches(model, torch.arange(4.0)).tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert attention_maps(model, RED).shape == (2, 3, 2, 2)
 
 

@@ -3,21 +3,31 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+import torch
+from conftest import FEW_STEPS, ROOT, TINY, roughen
 from PIL import Image
 
 import bench
 import config
 import eval as evaluation
 import train
+from blip2 import Blip2
+from docs.examples import own_encoder, own_llm
 from engine.errors import UserError
-from tools import data, results, scale, weights
+from generate import generate
+from sources.prompts import FORMATS
+from tools import data, models, results, scale, weights
+from weights.configs import LLMS
+from weights.open import load_llm
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
 README = PAGES[0].read_text()
+PICTURE = ROOT / "assets/tiny/picture.png"
+GPT2 = LLMS.pop("gpt2")  # which importing the example has entered; no other test knows it
 SMALL = ["--steps", "2", "--batch", "4", "--queries", "2", "--eval-every", "0"]
 
 
@@ -130,6 +140,75 @@ def test_the_python_lines_of_the_readme_give_what_it_says():
     assert model.score(image, ["a green star", "a red star"]).log_prob.shape == (1, 2)
 
 
+# --- the examples of docs/models.md ----------------------------------------------------------------------------------
+
+
+def test_the_formats_are_drawn_as_they_are():
+    page = (ROOT / "docs/models.md").read_text()
+    for name, form in FORMATS.items():
+        if form.next_turn:
+            line = f"{form.before_image}[visual]what is it?{form.prompt_end}|a dog{form.text_end}".replace("\n", "\\n")
+            drawn = next(line for line in page.splitlines() if line.startswith(f"{name}  "))
+            assert drawn.removeprefix(name).replace(" ", "") == line.replace(" ", "")
+
+
+def test_an_encoder_of_ones_own_is_trained_over_and_taken_up_again(tmp_path, capsys):
+    """Ten steps: ITG is far below chance, 4.84; the encoder stays as it was, so the trained part is all there is."""
+    model = own_encoder.build().train()
+    before = {name: tensor.clone() for name, tensor in model.vit.state_dict().items()}
+    own_encoder.train(model, 10)
+    assert float(capsys.readouterr().out.split()[-1]) < 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.vit.state_dict().items())
+    model.save_pretrained(tmp_path)
+    again, asked = own_encoder.build(), (PICTURE, ["a green star", "a red circle"])
+    assert not torch.equal(again.itc_scores(*asked), model.eval().itc_scores(*asked))
+    again.load_trained(tmp_path)
+    torch.testing.assert_close(again.eval().itc_scores(*asked), model.itc_scores(*asked))
+    again.attach_llm("assets/tiny/opt")  # on to stage 2
+    assert isinstance(again.caption(PICTURE), str)
+    again.unfreeze_vit()
+    assert again.vit_is_trained
+
+
+@pytest.fixture
+def gpt2(tmp_path, monkeypatch):
+    """transformers' GPT-2 with random weights, and its folder; the example's is entered."""
+    monkeypatch.setitem(LLMS, "gpt2", GPT2)
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=438, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=2)
+    theirs = roughen(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))).eval()
+    theirs.save_pretrained(tmp_path / "gpt2")
+    shutil.copy(ROOT / "assets/tiny/opt/tokenizer.json", tmp_path / "gpt2")
+    return theirs, tmp_path / "gpt2"
+
+
+def test_a_language_model_of_ones_own_says_what_gpt2_says(gpt2):
+    """Logits, also where a prompt has padding, and texts."""
+    (theirs, folder), ids = gpt2, torch.randint(5, 400, (1, 9))
+    ours = load_llm(str(folder))[0].eval().requires_grad_(False)
+    prompt, target, mask = ours.embed(ids[:, :4]), ids[:, 4:], torch.ones(1, 4, dtype=torch.bool)
+    expected = theirs(ids).logits[:, 3:-1]
+    torch.testing.assert_close(ours(prompt, mask, target), expected, rtol=1e-4, atol=1e-5)
+    padded = torch.cat((prompt[:, :2], torch.randn(1, 3, 32), prompt[:, 2:]), dim=1)
+    hole = torch.tensor([[True, True, False, False, False, True, True]])
+    torch.testing.assert_close(ours(padded, hole, target), expected, rtol=1e-4, atol=1e-5)
+    texts = generate(ours.decoder_for(padded, hole, 8), end_id=2, max_new_tokens=8, num_beams=3)
+    wanted = theirs.generate(ids[:, :4], max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=2)[0, 4:]
+    assert texts[0][0] == [token for token in wanted.tolist() if token != 2]
+
+
+def test_a_language_model_of_ones_own_is_trained_and_asked_by_the_usual_commands(
+    gpt2, stage1_run, few_test_images, tmp_path
+):
+    flags = ["--stage", "2", "--init", str(stage1_run), "--llm", str(gpt2[1]), "--out", str(tmp_path / "run")]
+    train.main([*flags, *FEW_STEPS])
+    (found,) = evaluation.main(["ask", "--checkpoint", str(tmp_path / "run"), "--question", "what is it?"])
+    assert isinstance(found["what is it?"], str)
+    model = Blip2.from_pretrained(tmp_path / "run")
+    assert isinstance(model.llm, own_llm.GPT2) and model.llm_tokenizer.format_name == "plain"
+    assert {row.answer for row in model.rank(PICTURE, "what is it?", ["red", "green"])} == {"red", "green"}
+
+
 # --- numbers, links, form --------------------------------------------------------------------------------------------
 
 
@@ -143,7 +222,7 @@ def test_tables_match_the_logs(path):
 
 def test_every_table_of_results_is_shown_somewhere():
     shown = re.findall(r"<!-- table: (\w+) -->", "".join(path.read_text() for path in PAGES))
-    assert set(shown) == {make.__name__ for make in [*results.TABLES, scale.models, scale.runs]}
+    assert set(shown) == {make.__name__ for make in [*results.TABLES, scale.models, scale.runs, *models.TABLES]}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

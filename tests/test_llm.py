@@ -1,9 +1,11 @@
-"""The frozen language models (paper 3.3 and 3.4): OPT and T5 compute what transformers computes, forward, backward and
-while decoding; a prompt alone gives what it gives in a batch; on a GPU a decoding step is replayed as a CUDA graph; a
-third one is entered in one place."""
+"""The frozen language models (paper 3.3 and 3.4): OPT, T5 and the Llama family compute what transformers computes,
+forward, backward and while decoding; a prompt alone gives what it gives in a batch; on a GPU a decoding step is a
+replayed CUDA graph; one more is entered in one place."""
 
 import itertools
 import json
+import math
+import os
 import shutil
 from dataclasses import dataclass
 from functools import cache
@@ -21,19 +23,29 @@ from blip2 import Blip2
 from data import collate_lm
 from engine.errors import UserError
 from generate import generate, nucleus
-from llm import OPT, T5, OPTConfig, PromptFormat, T5Config, causal_mask
+from llm import OPT, T5, Llama, OPTConfig, T5Config, causal_mask, rope
 from losses import lm_loss
+from sources.prompts import PromptFormat
 from sources.shapes import ShapesWorld
-from sources.text import pad
+from sources.text import LLMTokenizer, pad
 from weights.configs import LLMS as LLM_FAMILIES
-from weights.configs import LLMFamily, llm_config
+from weights.configs import LLMFamily, llama_config, llm_config
 from weights.export import export
 from weights.load import no_init, unload
 from weights.open import load_llm
 from weights.tables import Row, Table, both
 
 WORDS = 40
-END = {"opt": 5, "opt-350m": 5, "t5": 1}  # a word of the small vocabularies, as a newline is for OPT
+LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=0.5, high_freq_factor=4.0,
+              original_max_position_embeddings=64)  # fmt: skip
+FAMILY = {  # of Llama: the class of transformers' configuration, and what is special
+    "llama": ("LlamaConfig", dict(tie_word_embeddings=True)),
+    "llama3": ("LlamaConfig", dict(rope_parameters=LLAMA3, head_dim=8)),
+    "mistral": ("MistralConfig", dict(sliding_window=40, num_key_value_heads=1)),
+    "qwen2": ("Qwen2Config", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen3": ("Qwen3Config", dict(head_dim=6)),
+}
+END = {"opt": 5, "opt-350m": 5, "t5": 1, **dict.fromkeys(FAMILY, 5)}  # a word, as a newline is for OPT
 KINDS = list(END)
 
 
@@ -49,6 +61,11 @@ def twins(tmp_path_factory):
                 feed_forward_proj="gated-gelu", tie_word_embeddings=False, relative_attention_num_buckets=8,
                 relative_attention_max_distance=12, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
             )  # fmt: skip
+        if kind in FAMILY:
+            name, special = FAMILY[kind]
+            sizes = dict(vocab_size=WORDS, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+            sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+            return getattr(transformers, name)(**sizes | special, initializer_range=0.3, eos_token_id=5)
         odd = kind == "opt-350m"
         return transformers.OPTConfig(
             vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, ffn_dim=24, num_attention_heads=2,
@@ -65,7 +82,7 @@ def twins(tmp_path_factory):
                 theirs.lm_head.weight = torch.nn.Parameter(torch.randn(WORDS, 16))  # not tied in v1.1
                 theirs.config.tie_word_embeddings = False
             else:
-                theirs = transformers.OPTForCausalLM(config_of(kind))
+                theirs = transformers.AutoModelForCausalLM.from_config(config_of(kind))
         roughen(theirs, seed)
         with torch.no_grad():
             theirs.get_output_embeddings().weight[END[kind]] *= 2  # so that texts end at different steps
@@ -99,10 +116,10 @@ def words(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_presets_are_the_models_of_the_paper():
-    """Paper 3.4 and Table 2; the sizes are those of the public checkpoints."""
+    """Paper 3.4 and Table 2, and the Llama family; the sizes are those of the public checkpoints."""
     counts = {}
     with torch.device("meta"), no_init():
-        for kind in (OPT, T5):
+        for kind in (OPT, T5, Llama):
             counts |= {name: sum(p.numel() for p in kind(cfg).parameters()) for name, cfg in kind.presets.items()}
     assert counts == {
         "opt-125m": 125_239_296,
@@ -110,6 +127,11 @@ def test_presets_are_the_models_of_the_paper():
         "opt-6.7b": 6_658_473_984,
         "flan-t5-xl": 2_849_757_184,
         "flan-t5-xxl": 11_135_332_352,
+        "smollm2-135m": 134_515_008,
+        "qwen3-0.6b": 596_049_920,
+        "qwen2.5-3b": 3_085_938_688,
+        "llama-3.2-3b": 3_212_749_824,
+        "llama-3.1-8b": 8_030_261_248,
     }
 
 
@@ -182,6 +204,25 @@ def test_opt_350m_has_no_final_norm_and_projects_its_words():
     assert llm.width == 6
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.1-8b"])
+def test_rope_turns_as_in_transformers(name):
+    """Of the types default and llama3; in the latter frequencies of all three ranges occur, here and in `twins`."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    cfg, positions = Llama.presets[name], torch.arange(8000)[None]
+    rope_parameters = dict(rope_type="default", rope_theta=cfg.rope_theta)
+    if cfg.rope_factor != 1:
+        rope_parameters = LLAMA3 | dict(rope_theta=cfg.rope_theta, factor=cfg.rope_factor, low_freq_factor=1.0)
+        rope_parameters["original_max_position_embeddings"] = 8192
+        for theta, width, low, length in ((cfg.rope_theta, 128, 1, 8192), (1e4, 8, 0.5, 64)):
+            turns = length / theta ** (torch.arange(0, width, 2) / width) / (2 * math.pi)
+            assert all(x.any() for x in (turns <= low, (low < turns) & (turns < 4), turns >= 4))
+    sizes = dict(head_dim=cfg.head_width, max_position_embeddings=cfg.max_positions, rope_parameters=rope_parameters)
+    theirs = llama.LlamaRotaryEmbedding(llama.LlamaConfig(**sizes))(torch.zeros(1), positions)
+    cos, sin = rope(positions, cfg)
+    sin[..., : cfg.head_width // 2] *= -1  # ours is signed, for `rotate`
+    torch.testing.assert_close((cos[:, 0], sin[:, 0]), theirs, rtol=0, atol=2e-3)  # fp32 angles of up to 8,000
+
+
 def test_init_weights_keeps_t5_activations_at_a_reasonable_size():
     """So that it can be trained from scratch (tools/make_tiny.py)."""
     llm = T5(T5Config(vocab_size=50, width=64, depth=2, decoder_depth=2, heads=2, head_width=32, mlp=128))
@@ -190,12 +231,12 @@ def test_init_weights_keeps_t5_activations_at_a_reasonable_size():
     assert 0.3 < llm(llm.embed(ids), mask, ids).std() < 3
 
 
-@pytest.mark.parametrize("kind", LLMS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_blocks_give_the_same_gradient(kind, twins):
     _, ours = twins(kind)
     ids, mask = prompts(kind, 3)
     targets, gradients, runs = words(3, 5), [], []
-    block = (ours.blocks if kind == "opt" else ours.decoder.blocks)[0]
+    block = (ours.decoder if kind == "t5" else ours).blocks[0]
     hook = block.register_forward_pre_hook(lambda *_: runs.append(1))
     for ours.grad_checkpointing in (True, False):
         embeds = ours.embed(ids).requires_grad_()
@@ -319,16 +360,16 @@ def test_beams_of_t5_share_the_output_of_its_encoder(twins):
 # --- the CUDA graph of a decoding step -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", LLMS)
-def test_a_graphed_step_reads_the_same_memory_until_rows_multiply_or_leave(kind):
+@pytest.mark.parametrize("kind", [*LLMS, "llama"])
+def test_a_graphed_step_reads_the_same_memory_until_rows_multiply_or_leave(kind, llm_specs):
     """While the graph lives, beams may change places only within the memory that it has captured."""
-    llm, seen = stage2_model(kind).llm, []
+    llm, seen = stage2_model(llm_specs[kind]).llm, []
     decoder = llm.decoder_for(torch.randn(2, 5, 128), torch.ones(2, 5, dtype=torch.bool), 9)
     decoder.start()
     for rows in ([0, 0, 1, 1], [1, 0, 2, 2], [0, 1, 3, 2], [2, 3], [1, 0]):  # of two images; then one has finished
         decoder.select(torch.tensor(rows), 2)
         read = [decoder.cache.k, decoder.cache.v, decoder.cache.position]
-        read += [decoder.real] if kind == "opt" else [decoder.mask, *(x for kv in decoder.memory for x in kv)]
+        read += [decoder.real] if kind != "t5" else [decoder.mask, *(x for kv in decoder.memory for x in kv)]
         seen.append((decoder.graphed, [x.data_ptr() for x in read]))
         decoder.step(torch.full((len(rows),), 7))
     same = [(before is after, old == new) for (before, old), (after, new) in itertools.pairwise(seen)]
@@ -337,14 +378,14 @@ def test_a_graphed_step_reads_the_same_memory_until_rows_multiply_or_leave(kind)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and pytest -m cuda")
-@pytest.mark.parametrize("kind", LLMS)
-def test_a_replayed_step_is_the_step(kind):
+@pytest.mark.parametrize("kind", [*LLMS, "llama", "llama-untied"])
+def test_a_replayed_step_is_the_step(kind, llm_specs):
     """Captured once for four beams and once for the two that stay; in between, beams change places."""
     generator, found = torch.Generator().manual_seed(0), []
     prompt, tokens = torch.randn(2, 5, 128, generator=generator), torch.randint(5, 20, (9, 4), generator=generator)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     for device in ("cpu", "cuda"):
-        llm = stage2_model(kind).set_precision("fp32", device).llm
+        llm = stage2_model(llm_specs[kind]).set_precision("fp32", device).llm
         decoder = llm.decoder_for(prompt.to(device), mask.to(device), 12)
         logits = [decoder.start().cpu()]
         for step, new in enumerate(tokens):
@@ -357,7 +398,79 @@ def test_a_replayed_step_is_the_step(kind):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+# --- a real one ------------------------------------------------------------------------------------------------------
+
+QUESTIONS = """What is the capital of France?|How many legs does a spider have?|What color is the sky on a clear day?|
+Which animal barks?|What is 2 + 3?|Name a fruit that is yellow.|What do bees make?|Who wrote Romeo and Juliet?|
+What is the opposite of hot?|How many days are in a week?|What is frozen water called?|Which planet do we live on?|
+What is the largest ocean?|In which country is Rome?|What do you use to cut paper?|Is a whale a fish?|
+What language is spoken in Brazil?|What is the first month of the year?|Which season follows winter?|
+What do cows drink?""".replace("\n", "").split("|")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2-135M-Instruct in fp32, transformers' and ours, and 20 left-padded questions in its own format."""
+    folder = os.environ.get("BLIP2_SMOLLM2") or pytest.skip("BLIP2_SMOLLM2 names no folder of SmolLM2-135M-Instruct")
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = LLMTokenizer(folder, None)
+    prompts = [tokenizer.before_image + ids for ids in tokenizer.encode_prompts(QUESTIONS)]
+    return theirs.eval(), load_llm(folder)[0].eval(), tokenizer, *pad(prompts, tokenizer.pad_id, "left", multiple=1)
+
+
+@torch.no_grad()
+def test_smollm2_reads_as_in_transformers(smollm2):
+    theirs, ours, tokenizer, ids, mask = smollm2
+    assert tokenizer.format_name == "chatml" and tokenizer.decode(ids[0].tolist()).startswith("user\nWhat is the cap")
+    found = ours.logits(ours.read(ours.embed(ids), mask))
+    wanted = theirs(input_ids=ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(found[mask], wanted[mask], rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_smollm2_answers_questions_as_in_transformers_token_by_token(smollm2):
+    theirs, ours, tokenizer, ids, mask = smollm2
+    ends = dict(eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.end_id)
+    out = theirs.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=30, do_sample=False, **ends)
+    wanted = [[*text, tokenizer.end_id] for text in out[:, ids.shape[1] :].tolist()]
+    decoder = ours.decoder_for(ours.embed(ids), mask, 30)
+    answers = [text for (text,) in generate(decoder, end_id=tokenizer.end_id, max_new_tokens=30)]
+    assert answers == [text[: text.index(tokenizer.end_id)] for text in wanted]
+    assert "Paris" in tokenizer.decode(answers[0])
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_every_spelling_of_a_llama_folder_is_the_same_model(kind, twins, tmp_path):
+    """Shards; rope_parameters, or rope_theta and rope_scaling as before transformers 5; keys without "model."."""
+    theirs, ours = twins(kind)
+    theirs.save_pretrained(tmp_path / "new", max_shard_size="4KB")
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    rope_parameters = config.pop("rope_parameters")
+    config["rope_theta"], rope_type = (rope_parameters.pop(key) for key in ("rope_theta", "rope_type"))
+    for name in ("type", "rope_type"):
+        (tmp_path / name).mkdir()
+        scaling = {name: rope_type} | rope_parameters if rope_parameters else None
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+        tensors = {key.removeprefix("model."): value.clone() for key, value in theirs.state_dict().items()}
+        tensors |= {} if ours.cfg.tied else {"lm_head.weight": tensors["lm_head.weight"]}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    for folder in ("new", "type", "rope_type"):
+        again, _, _ = load_llm(str(tmp_path / folder))
+        assert again.cfg == ours.cfg and (again.cfg.rope_factor == 8) == (kind == "llama3")
+        torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+def test_a_sliding_window_bounds_the_positions(twins):
+    """Within it all positions see all before them, as here."""
+    assert twins("mistral")[1].max_positions == 40 and twins("llama")[1].max_positions == 64
+    config = dict(max_position_embeddings=64, sliding_window=40)
+    for kind, switch, longest in (("mistral", {}, 40), ("qwen2", dict(use_sliding_window=False), 64)):
+        assert llama_config(config | switch | {"model_type": kind}, "x").max_positions == longest
+    assert llama_config(config | {"model_type": "mistral", "sliding_window": None}, "x").max_positions == 64
 
 
 def folder_with(tmp_path, **config) -> str:
@@ -371,15 +484,66 @@ def folder_with(tmp_path, **config) -> str:
 @pytest.mark.parametrize(
     "config, sentence",
     [
-        ({"model_type": "llama"}, "has model_type 'llama', expected a language model of a known type: opt, t5"),
+        ({"model_type": "gpt2"}, "has model_type 'gpt2', expected a language model of a known type: opt, t5, llama, "),
         ({"activation_function": "gelu"}, "is of an OPT without ReLU or biases, expected one of facebook/opt-"),
         ({"model_type": "t5", "feed_forward_proj": "relu"}, "is of a T5 v1.0, expected google/t5-v1_1-"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "has a quantization_config: expected weights in fp32"),
+        ({"model_type": "llama", "attention_bias": True}, "or biases beside Qwen2's: expected a llama without"),
+        ({"model_type": "qwen3", "hidden_act": "gelu"}, "has an activation other than SiLU, or biases"),
+        *(({"model_type": "llama", "rope_scaling": {key: rope}}, f"has RoPE of the type '{rope}', expected default or")
+          for key, rope in (("rope_type", "yarn"), ("type", "linear"), ("rope_type", "dynamic"))),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_language_models_of_another_kind_are_refused(config, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         load_llm(folder_with(tmp_path, **config))
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        ({"num_key_value_heads": 3}, "has 4 heads and 3 of keys, expected a divisor: fetch it again"),
+        ({"num_key_value_heads": "2"}, "has num_key_value_heads '2', expected a whole number from 1 to"),
+        ({"num_attention_heads": 10**30}, "has num_attention_heads 1000000.*, expected a whole number from 1 to"),
+        ({"num_attention_heads": 5}, "has 5 heads, into which its width of 128 does not divide"),
+        ({"head_dim": 3}, "has heads of width 3, expected an even one, for RoPE"),
+        ({"model_type": "mistral", "sliding_window": -1}, "has sliding_window -1, expected a whole number from 1 to"),
+        ({"rope_theta": "much"}, "has rope_theta 'much', expected a number from 1 to"),
+        ({"rope_theta": math.nan}, "has rope_theta nan, expected a number from 1 to"),
+        ({"rope_parameters": [8]}, "the RoPE of .*config.json holds a list, expected an object"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor 'missing', expected a number from 0.001"),
+        ({"rope_scaling": LLAMA3 | {"factor": -8}}, "the RoPE of .*config.json has factor -8, expected a number from"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "has low_freq_factor 4 and high_freq_factor 4.0, expected"),
+        ({"tie_word_embeddings": "yes"}, "has tie_word_embeddings 'yes', expected True or False"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_no_llama_can_have_is_a_sentence(config, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence) as error:
+        load_llm(folder_with(tmp_path, **{"model_type": "llama"} | config))
+    assert "\n" not in str(error.value)
+
+
+def test_quantized_weights_are_refused_by_their_keys_or_types_too(llm_specs, tmp_path):
+    """Folders of GPTQ and AWQ of before quantization_config; bitsandbytes' bytes; llama.cpp's GGUF."""
+    folder = Path(shutil.copytree(llm_specs["llama"], tmp_path / "llm"))
+    tensors, key = load_file(folder / "model.safetensors"), "layers.0.mlp.up_proj.weight"
+    for name, sentence in (
+        (key, f"is quantized, {key} is uint8: expected weights in fp32, bf16 or fp16"),
+        (key.replace("weight", "qweight"), "is quantized, it has layers.0.mlp.up_proj.qweight: expected weights in"),
+    ):
+        packed = {other: x for other, x in tensors.items() if other != key} | {name: tensors[key].to(torch.uint8)}
+        save_file(packed, folder / "model.safetensors")
+        with pytest.raises(UserError, match=sentence):
+            load_llm(str(folder))
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).unlink()
+    (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="llm holds GGUF, expected config.json and weights in safetensors: fetch that"):
+        load_llm(str(folder))
+    with pytest.raises(UserError, match="model-Q4_K_M.gguf is a file: expected a folder, or a name .opt-125m"):
+        load_llm(str(folder / "model-Q4_K_M.gguf"))
 
 
 def test_the_gelu_is_that_of_config_json(tmp_path):
@@ -415,7 +579,7 @@ class Average(torch.nn.Module):
 
     prompt_format = PromptFormat("</s>", "", "\n", " ", "left", False, "Q: {} A:", padding="<unk>")
     presets = {"average-tiny": AverageConfig(438)}
-    fits_fp16, max_positions, grad_checkpointing = True, None, False
+    tokenizer, fits_fp16, max_positions, grad_checkpointing = "opt", True, None, False
 
     def __init__(self, cfg: AverageConfig):
         super().__init__()

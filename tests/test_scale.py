@@ -22,7 +22,7 @@ from engine.log import memory_estimate
 from llm import OPT, T5, OPTConfig, T5Config
 from model import OBJECTIVES
 from qformer import QFormerConfig
-from tools import scale
+from tools import models, scale
 from tools.results import with_tables
 from vit import PRESETS, ViTConfig
 
@@ -100,6 +100,28 @@ def test_the_counts_are_within_a_thousandth_of_those_on_the_h100():
         cells = next(row for row in PAGE.splitlines() if row.startswith(f"| {line}")).split(" | ")
         counted = scale.log(name)["numbers"]["GFLOPs per image"]
         assert float(cells[5].replace(",", "")) == pytest.approx(counted, rel=2e-3)
+
+
+def test_the_tables_of_models_are_current(monkeypatch):
+    """`python -m tools.models` writes them anew; here one pair of eight, as counting takes seconds."""
+    page, (vit, llm) = models.PAGE.read_text(), models.PAIRS[0]
+    found = re.findall(r"^\| `(\w[\w.-]+)`, `([\w.-]+)` \|", page, re.MULTILINE)
+    assert found == list(models.PAIRS)
+    monkeypatch.setattr(models, "PAIRS", [(vit, llm)])
+    left_out = "".join(
+        line for line in page.splitlines(True) if not re.match(r"\| `\w[\w.-]+`, ", line) or f"`{vit}`, `{llm}`" in line
+    )
+    assert with_tables(page, models.TABLES) == left_out
+
+
+def test_the_estimate_of_models_is_near_what_the_h100_measured():
+    """ViT-g and OPT-2.7B, by the page: FLOPs to a thousandth, memory 31 % above."""
+    page, log = models.PAGE.read_text(), scale.log("bench-stage2-h100")
+    cells = next(row for row in page.splitlines() if row.startswith("| `eva-g`, `opt-2.7b` |")).split(" | ")
+    assert float(cells[-1].strip(" |").replace(",", "")) == pytest.approx(log["numbers"]["GFLOPs per image"], rel=2e-3)
+    said = float(re.search(r"estimate that a training prints at its start: (\d+) % above", page)[1])
+    estimated = float(re.search(r"(\d+\.\d)\s+and \d+\.\d in stage 2 with OPT-2.7B and 128", PAGE)[1])
+    assert 100 * (estimated / log["numbers"]["peak memory, GB"] - 1) == pytest.approx(said, abs=1)
 
 
 # --- the recipes -----------------------------------------------------------------------------------------------------

@@ -29,14 +29,15 @@ from tasks.presets import write_result
 from tasks.vqa import vqa
 from weights.open import load_llm, load_vit
 
+KINDS = ("opt", "t5", "llama", "llama-untied")
 CAPTIONS = ["a small red circle above a large blue square", "three shapes", "a picture of a green cross", "a star"]
 
 
 def stage2_model(kind: str, sharded: bool) -> Blip2:
-    """A small model over the tiny OPT or T5, the same whether sharded or not."""
+    """A small model over the tiny OPT or T5, or another's folder, the same whether sharded or not."""
     model = small_model()
     model.sharded = ("llm",) * sharded
-    model.attach_llm(LLMS[kind])
+    model.attach_llm(kind)
     roughen(model.llm_proj)
     return model.eval()
 
@@ -60,12 +61,10 @@ def load_on_ranks(rank, spec, load):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize(
-    ("spec", "load"), [(LLMS["opt"], load_llm), (LLMS["t5"], load_llm), ("assets/tiny/vit", load_vit)]
-)
-def test_each_rank_holds_its_rows_of_the_files(ranks, processes, spec, load):
+@pytest.mark.parametrize("kind", [*KINDS, "vit"])
+def test_each_rank_holds_its_rows_of_the_files(ranks, processes, kind, llm_specs):
     """Also where their number does not divide, and where q, k and v are three tensors in the file."""
-    ranks(processes, load_on_ranks, spec, load)
+    ranks(processes, load_on_ranks, llm_specs.get(kind, "assets/tiny/vit"), load_vit if kind == "vit" else load_llm)
 
 
 def test_rows_are_read_from_the_parts_that_have_them(monkeypatch):
@@ -126,10 +125,10 @@ def stage2_on_ranks(rank, kind, recompute, expected):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["accumulated", "checkpointed"])
-@pytest.mark.parametrize("kind", LLMS)
-def test_losses_and_gradients_are_those_of_one_process(ranks, kind, recompute):
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_one_process(ranks, kind, recompute, llm_specs):
     """With two micro-batches a rank, and with activation checkpointing."""
-    ranks(2, stage2_on_ranks, kind, recompute, stage2(kind, [range(4)]))
+    ranks(2, stage2_on_ranks, llm_specs[kind], recompute, stage2(llm_specs[kind], [range(4)]))
 
 
 # --- without gradients: other work on each rank ----------------------------------------------------------------------
@@ -161,13 +160,13 @@ def generate_on_ranks(rank, kind, expected):
     barrier()
 
 
-@pytest.mark.parametrize("kind", LLMS)
-def test_texts_are_those_of_one_process_though_the_ranks_have_other_work(ranks, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_those_of_one_process_though_the_ranks_have_other_work(ranks, kind, llm_specs):
     """Greedy, beam and nucleus, ranked answers: rows that end at different steps, prompts of different lengths, two
     batches, one and none."""
-    model = stage2_model(kind, sharded=False)
+    model = stage2_model(llm_specs[kind], sharded=False)
     expected = [texts_of(model, share, number) for number, share in enumerate(SHARES)]
-    ranks(3, generate_on_ranks, kind, expected)
+    ranks(3, generate_on_ranks, llm_specs[kind], expected)
 
 
 def evaluate_all(_, folder, data):
@@ -265,7 +264,7 @@ def test_one_process_has_nothing_to_spread():
 
 def test_the_memory_estimate_counts_what_a_rank_holds(monkeypatch):
     """Of sharded tensors their rows."""
-    model = stage2_model("opt", sharded=False)
+    model = stage2_model(LLMS["opt"], sharded=False)
     whole = memory_estimate(model, 1, ("lm",))["frozen"]
     for parameter in model.llm.parameters():
         parameter.placements = ()

@@ -35,7 +35,11 @@ from sources.shapes import ShapesWorld
 from tasks import validation
 from tasks.features import CachedTokens, cache_tokens
 from train import build_optimizer, hardness_at, lr_at, set_lr
+from vit import SIGLIP, ViT, ViTConfig
+from weights.configs import SIGLIP_FIELDS, write_fields
+from weights.load import unload
 from weights.runs import Source
+from weights.tables import CLIP
 
 STAGE1 = "--vit assets/tiny/vit --bert assets/tiny/bert --batch 4 --queries 4 --eval-every 0 --precision fp32"
 STAGE2 = "--stage 2 --batch 4 --eval-every 0 --precision fp32"
@@ -54,6 +58,16 @@ def run_train(monkeypatch):
         return [row for row in log_of(out) if "loss" in row]
 
     return run
+
+
+def siglip_folder(folder: Path) -> Path:
+    """A small random SigLIP of two blocks over 8 x 8 patches, as a hub serves it without the text side."""
+    vit = ViT(ViTConfig(24, depth=3, heads=2, mlp=40, patch_size=8, image_size=64, act="gelu_pytorch_tanh", **SIGLIP))
+    folder.mkdir()
+    save_file(unload(vit, CLIP), folder / "model.safetensors")
+    config = {"model_type": "siglip_vision_model", **write_fields(SIGLIP_FIELDS, vit.cfg)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture
@@ -769,16 +783,18 @@ def test_other_weights_or_another_order_of_the_images_are_another_cache(tmp_path
     assert file(1, 1, 2) != first
 
 
-def test_cached_features_are_the_encoders_and_it_sees_each_image_once(tmp_path, monkeypatch, run_train):
+@pytest.mark.parametrize("cls", [True, False], ids=["with [CLS]", "SigLIP"])
+def test_cached_features_are_the_encoders_and_it_sees_each_image_once(cls, tmp_path, monkeypatch, run_train):
     """In validation too. The file is found again by a run of the same encoder and images; without augmentation nothing
     else is random."""
     seen, vit = [], Blip2.image_tokens
     monkeypatch.setattr(Blip2, "image_tokens", lambda model, images: (seen.append(len(images)), vit(model, images))[1])
     data = Path(caption_file(tmp_path, 20))
     flags = "--image-size 64 --embed-dim 8 --steps 3 --warmup 1 --dropout 0 --val-photos 4 --eval-every 3 --workers 0"
-    first = run_train(tmp_path / "runs/a", STAGE1, flags, "--cache-features --data", data)
+    flags += " --cache-features" + f" --vit {siglip_folder(tmp_path / 'siglip')}" * (not cls)
+    first = run_train(tmp_path / "runs/a", STAGE1, flags, "--data", data)
     assert sum(seen) == 20
-    again = run_train(tmp_path / "runs/b", STAGE1, flags, "--cache-features --data", data)
+    again = run_train(tmp_path / "runs/b", STAGE1, flags, "--data", data)
     assert sum(seen) == 20
     assert [row["loss"] for row in first] == [row["loss"] for row in again]
 
@@ -791,4 +807,5 @@ def test_cached_features_are_the_encoders_and_it_sees_each_image_once(tmp_path, 
         assert np.array_equal(part.cached.tokens(part.rows(range(len(part)))).numpy(), np.load(file)[own])
     for image, tokens in enumerate(torch.from_numpy(np.load(file))):
         fresh = model.encode_image(tmp_path / f"{image}.png").tokens[0]
+        assert len(tokens) == 8 * 8 + cls
         torch.testing.assert_close(tokens, fresh.half(), rtol=2e-3, atol=2e-3)  # a last place of fp16 or two

@@ -429,6 +429,8 @@ PARTS = {  # of a config.json -> what is said
             {"model_type": ["dinov2"] * 5000},
             r"has model_type \['dinov2', 'dinov2.* letters., expected an image encoder",
         ),
+        ({"model_type": "siglip2"}, "a SigLIP 2 for images of any shape .NaFlex., expected one of a fixed size: use"),
+        ({"model_type": "siglip2_vision_model"}, "use siglip2-base-patch16-224 or another whose name does not end in"),
         (WIDE, "does not fit, nothing was loaded"),
     ],
     "bert": [
@@ -1029,7 +1031,7 @@ def test_hashing_and_loading_report_their_progress(tmp_path, monkeypatch):
 def test_a_part_that_is_not_there_or_is_another_part_is_one_sentence(tmp_path):
     vit, bert = TINY
     cases = {
-        ("nowhere", bert): "--vit nowhere does not exist: expected a folder, or a name .eva-g, clip-l, dinov2-s.",
+        ("nowhere", bert): "--vit nowhere does not exist: expected a folder, or a name .eva-g, clip-l, dinov2-s, ",
         (vit, "nowhere"): "--bert nowhere does not exist: expected a BERT folder",
         (bert, bert): "has model_type 'bert', expected an image encoder",
         (vit, vit): "has model_type 'dinov2'",
@@ -1113,6 +1115,15 @@ ENCODER_CLASSES = {
     "clip-vit-large-patch14": lambda: transformers.CLIPModel(transformers.CLIPConfig(
         vision_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                            patch_size=14, image_size=224, projection_dim=768))),
+    **{f"clip-vit-base-patch{patch}": lambda patch=patch: transformers.CLIPModel(transformers.CLIPConfig(
+        vision_config=dict(patch_size=patch))) for patch in (16, 32)},
+    "siglip-so400m-patch14-384": lambda: transformers.SiglipModel(transformers.SiglipConfig(
+        vision_config=dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+                           patch_size=14, image_size=384))),
+    "siglip2-base-patch16-224": lambda: transformers.SiglipModel(transformers.SiglipConfig(
+        text_config=dict(vocab_size=256_000))),
+    "dinov2-giant": lambda: transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=1536, num_hidden_layers=40,
+        num_attention_heads=24, image_size=518, patch_size=14, use_swiglu_ffn=True)),
     **{f"dinov2-{name}": lambda width=width, depth=depth: transformers.Dinov2Model(transformers.Dinov2Config(
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64, image_size=518, patch_size=14))
        for name, width, depth in (("small", 384, 12), ("base", 768, 12), ("large", 1024, 24))},
@@ -1149,6 +1160,10 @@ def test_each_key_of_the_published_parts_has_its_place(name, tmp_path):
     if name.startswith("dinov2"):  # transformers 5 has other names in memory than in its files
         names = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
         names |= {"o_proj": "output.dense"}
+        for key in [key for key in source if "gate_proj" in key]:
+            (rows, *columns), device = source.pop(key).shape, source.pop(key.replace("gate", "up")).device
+            source[key.replace("gate_proj", "weights_in")] = torch.empty(2 * rows, *columns, device=device)
+        source = {key.replace("down_proj", "weights_out"): tensor for key, tensor in source.items()}
         source = {re.sub("[qkvo]_proj", lambda found: names[found[0]], key): tensor for key, tensor in source.items()}
     _, report = match(ours, source, table, name)
     assert "fresh" not in report or name.startswith("bert")

@@ -31,7 +31,7 @@ from qformer import QFormerConfig
 from sources.images import eval_transform
 from sources.shapes import ShapesWorld
 from tools.weights import main as weights_command
-from vit import PRESETS, ViT, ViTConfig
+from vit import PRESETS, SIGLIP, ViT, ViTConfig
 from weights import configs, export
 from weights.load import load, open_tensors, unload, weight_files
 from weights.tables import BERT, CLIP_BARE, DINOV2, EVA, HF_BLIP2_VIT, OPT_TABLE, T5_TABLE
@@ -58,6 +58,7 @@ FAMILIES = {  # model_type -> field table, configuration, what config.json says 
         ViTConfig(**ODD_VIT, act="gelu", ln_pre=True, conv_bias=False, align_corners=True),
         {},
     ),
+    "siglip_vision_model": (configs.SIGLIP_FIELDS, ViTConfig(**ODD_VIT, act="gelu", **SIGLIP), {}),
     "blip_2_vision_model": (configs.BLIP2_VIT_FIELDS, ViTConfig(**ODD_VIT, key_bias=False), {}),
     "bert": (configs.BERT_FIELDS, QFormerConfig(**ODD_BERT, init_std=0.5), {}),
     "blip_2_qformer": (configs.QFORMER_FIELDS, QFormerConfig(**ODD_BERT, image_width=15, cross_every=3), {}),
@@ -93,7 +94,7 @@ def test_field_tables_read_what_they_write(family, tmp_path):
 def test_field_tables_have_the_names_and_the_defaults_of_transformers():
     classes = {"blip_2_qformer": "Blip2QFormerConfig", "blip_2_vision_model": "Blip2VisionConfig"}
     classes |= {"dinov2": "Dinov2Config", "clip_vision_model": "CLIPVisionConfig", "bert": "BertConfig"}
-    classes |= {"opt": "OPTConfig", "t5": "T5Config"}
+    classes |= {"opt": "OPTConfig", "t5": "T5Config", "siglip_vision_model": "SiglipVisionConfig"}
     for family, (fields, _, _) in FAMILIES.items():
         theirs = getattr(transformers, classes[family])()
         as_another = {"word_embed_proj_dim": theirs.hidden_size, "num_decoder_layers": theirs.num_hidden_layers}
@@ -322,11 +323,18 @@ def test_a_public_checkpoint_is_made_a_run_to_train_from(public, tmp_path, monke
 
 def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     model = Blip2.from_pretrained(ROOT / "assets/tiny/blip2")
-    with pytest.raises(UserError, match="neither an EVA-CLIP nor a CLIP encoder, and LAVIS knows no other"):
+    with pytest.raises(UserError, match="neither an EVA-CLIP nor a CLIP encoder, and LAVIS knows no other: .* hf"):
         export.export(model, "lavis", tmp_path / "out.pth", "fp32")
     model.vit.cfg = ViTConfig(96, 6, 3, 384, ln_pre=True)
-    with pytest.raises(UserError, match="norm before its blocks .CLIP., which transformers' BLIP-2 classes lack"):
+    with pytest.raises(UserError, match="has a norm before its blocks .CLIP., which transformers' BLIP-2 classes"):
         export.export(model, "hf", tmp_path / "out", "fp32")
+    for odd, what in (({"cls_token": False}, r"no .CLS. .SigLIP."), ({"act": "swiglu"}, "gates in its feed-forwards")):
+        model.vit.cfg = ViTConfig(96, 6, 3, 384, **odd)
+        sentence = f"tiny/vit has {what}.*, which transformers' BLIP-2 classes cannot hold: export with --format run"
+        with pytest.raises(UserError, match=sentence):
+            export.export(model, "hf", tmp_path / "out", "fp32")
+        with pytest.raises(UserError, match="LAVIS knows no other: export with --format run"):
+            export.export(model, "lavis", tmp_path / "out.pth", "fp32")
     model.sources["vit"].files = []
     with pytest.raises(UserError, match="has random weights, which are not worth exporting"):
         export.export(model, "hf", tmp_path / "out", "fp32")

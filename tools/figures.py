@@ -18,6 +18,7 @@ from model import OBJECTIVES
 from qformer import QFormerConfig, qformer_mask
 from sources import shapes
 from sources.images import open_image
+from sources.prompts import FORMATS
 from sources.text import BertTokenizer
 from tasks.attention_maps import draw_attention
 from tools.results import LOGS, ROOT
@@ -36,7 +37,7 @@ FLOORS = [
     ("blip2.py", "config.py"),
     ("tasks/",),
     ("train.py", "eval.py"),
-    ("bench.py", "tools/"),
+    ("bench.py", "tools/", "docs/"),
 ]
 READ_FIRST = ("vit.py", "qformer.py", "losses.py", "model.py", "train.py")  # the reading path of stage 1
 
@@ -84,7 +85,7 @@ class Canvas:
 def architecture() -> str:
     """Both stages: which part sees what, with shapes; frozen parts grey (paper Figures 1 to 3)."""
     vit, cfg, canvas = PRESETS["eva-g"], QFormerConfig(), Canvas(940, 330)
-    P, Q, V, D = (vit.image_size // vit.patch_size) ** 2 + 1, cfg.num_queries, vit.width, cfg.width
+    P, Q, V, D = vit.tokens(vit.image_size), cfg.num_queries, vit.width, cfg.width
     canvas.text(20, 24, "Stage 1: representation learning", "start", 14)
     canvas.box(20, 190, 90, 50, PALE, "image", f"{vit.image_size} x {vit.image_size}")
     canvas.arrow(110, 215, 150, 215)
@@ -107,7 +108,7 @@ def architecture() -> str:
     canvas.arrow(675, 215, 745, 215)
     canvas.text(710, 205, f"{Q} x {D}")
     canvas.box(745, 190, 70, 50, TRAINED, "Linear")
-    canvas.box(740, 80, 180, 50, FROZEN, "OPT or T5", "frozen")
+    canvas.box(740, 80, 180, 50, FROZEN, "OPT, Llama or T5", "frozen")
     canvas.arrow(780, 190, 780, 130)
     canvas.text(788, 165, f"{Q} x L", "start")
     canvas.box(850, 198, 70, 34, TEXT, "prompt")
@@ -136,8 +137,8 @@ def masks() -> str:
 
 
 def tokens() -> str:
-    """Token layout of stage 2 for OPT and T5; orange tokens are predicted."""
-    canvas = Canvas(760, 150)
+    """Token layout of stage 2 for OPT, T5 and a chat model; orange tokens are predicted."""
+    canvas = Canvas(760, 210)
 
     def sequence(x: float, y: float, *cells: tuple[str, int, str]) -> float:
         for text, width, fill in cells:
@@ -145,7 +146,7 @@ def tokens() -> str:
             x += width
         return x
 
-    opt, t5 = OPT.prompt_format, T5.prompt_format
+    opt, t5, chat = OPT.prompt_format, T5.prompt_format, FORMATS["chatml"]
     canvas.text(20, 40, "OPT", "start", 13)
     sequence(70, 20, ("Q visual", 120, QUERY), (opt.prompt_start, 50, PALE), ("a red circle left of ...", 190, TEXT),
              (repr(opt.text_end)[1:-1], 40, TEXT))  # fmt: skip
@@ -155,6 +156,10 @@ def tokens() -> str:
     canvas.arrow(end, 105, end + 50, 105)
     sequence(end + 50, 90, ("left of a blue square", 160, TEXT), (t5.text_end, 50, TEXT))
     canvas.text(end + 155, 80, "decoder; the cut is drawn at random", size=11)
+    before, after = chat.before_image.replace("\n", "\u21b5"), chat.prompt_end.replace("\n", "\u21b5")
+    canvas.text(20, 180, "chat", "start", 13)
+    sequence(70, 160, (before, 120, PALE), ("Q visual", 120, QUERY), (after, 210, PALE),
+             ("a red circle ...", 110, TEXT), (chat.text_end, 80, TEXT))  # fmt: skip
     return canvas.svg()
 
 

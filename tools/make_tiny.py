@@ -4,13 +4,15 @@
              the image; every patch, already after the second-last block, those in its own quarter
     bert     a BERT, trained on masked words of captions, and by [CLS] on which two captions are paraphrases (as MiniLM
              and other sentence encoders are; with masked words alone, [CLS] would carry no meaning)
-    opt, t5  language models, trained to continue a description: with a paraphrase, or with the answer to a question
+    opt, t5  language models, trained to continue a description: with a paraphrase, or with the answer to a question;
+             and llama, only if it is named
 
 Each knows its own modality only: the ViT never saw a word, the others never saw an image. And none saw what the shapes
 world holds out: colour-shape pairs, wordings, scenes of the test and validation splits.
 All are saved in fp16 under the keys of their public models, so that transformers opens them too.
 
     python -m tools.make_tiny --only blip2 --run runs/stage2      assets/tiny/blip2, from a run of stage 2, in fp16
+    python -m tools.make_tiny --only llama --out W                W/llama
     python -m tools.make_tiny --only opt --text a.txt --out W     W/opt, 10 M parameters, from the lines of a text
 """
 
@@ -21,6 +23,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,20 +37,21 @@ from torch import Tensor, nn
 from blip2 import TINY
 from engine.device import choose_precision, keep_freed_memory
 from engine.errors import Parser
-from llm import OPT, T5, OPTConfig, T5Config
+from llm import OPT, T5, Llama, LlamaConfig, OPTConfig, T5Config
 from losses import IGNORE, lm_loss
 from qformer import QFormer, QFormerConfig
 from sources import shapes
 from sources.images import eval_transform
+from sources.prompts import FORMATS
 from sources.text import BertTokenizer, LLMTokenizer, clean_caption, fill_template, pad, split_prefix
 from train import build_optimizer, lr_at, set_lr
 from vit import ViT, ViTConfig
-from weights.configs import BERT_FIELDS, DINOV2_FIELDS, OPT_FIELDS, T5_FIELDS, write_fields
+from weights.configs import BERT_FIELDS, DINOV2_FIELDS, LLAMA_FIELDS, OPT_FIELDS, T5_FIELDS, write_fields
 from weights.load import unload
-from weights.tables import BERT, DINOV2, OPT_TABLE, T5_TABLE
+from weights.tables import BERT, DINOV2, LLAMA_TABLE, OPT_TABLE, T5_TABLE
 
 PIXELS = 64  # a side of an image
-STEPS = {"vit": 2000, "bert": 1200, "opt": 5000, "t5": 4000}
+STEPS = {"vit": 2000, "bert": 1200, "opt": 5000, "t5": 4000, "llama": 5000}
 
 
 def optimize(model: nn.Module, loss_of_step, steps: int, lr: float) -> None:
@@ -204,11 +208,13 @@ Document = tuple[list[str], str, list[tuple[str, bool]]]
 TINY_SIZES = {
     "opt": dict(width=128, depth=6, heads=4, mlp=512, max_positions=128, embed_width=128),
     "t5": dict(width=128, depth=4, decoder_depth=4, heads=4, head_width=32, mlp=256),
+    "llama": dict(width=128, depth=6, heads=4, kv_heads=2, head_width=32, mlp=352, max_positions=128, rope_theta=1e4),
 }
-LEARNING_RATES = {"opt": 1e-3, "t5": 6e-4}  # T5's unscaled attention diverges at more
+LEARNING_RATES = {"opt": 1e-3, "t5": 6e-4, "llama": 1e-3}  # T5's unscaled attention diverges at more
 TEXT_SIZES = {  # about 10 M parameters, with 4,096 tokens
     "opt": dict(width=320, depth=7, heads=5, mlp=1280, max_positions=256, embed_width=320),
     "t5": dict(width=256, depth=4, decoder_depth=4, heads=4, head_width=64, mlp=704),
+    "llama": dict(width=320, depth=7, heads=5, kv_heads=5, mlp=864, max_positions=256, rope_theta=1e4),
 }
 
 
@@ -305,7 +311,7 @@ class FileText:
 
 def make_tokenizer(folder: Path, sentences: list[str], kind: str, tokens: int) -> None:
     """Byte-level BPE with the special tokens of OPT or of T5, which also puts a space before every text."""
-    special = {"opt": ["<s>", "<pad>", "</s>", "<unk>"], "t5": ["<pad>", "</s>", "<unk>"]}[kind]
+    special = ["<pad>", "</s>", "<unk>"] if kind == "t5" else ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "t5")
     tokenizer.decoder = decoders.ByteLevel()
@@ -339,17 +345,17 @@ def embed_chunks(llm: nn.Module, rows: list[list[list[int]]], side: str) -> tupl
 
 
 def make_llm(kind: str, folder: Path, corpus: ShapesText | FileText, sizes: dict, steps: int, batch: int) -> None:
-    """Train and save an OPT or a T5 on the documents of a corpus."""
+    """Train and save an OPT, a T5 or a Llama on the documents of a corpus."""
     make_tokenizer(folder, corpus.sentences(), kind, corpus.tokens)
-    model, config = {"opt": (OPT, OPTConfig), "t5": (T5, T5Config)}[kind]
-    form = model.prompt_format
+    model, config = {"opt": (OPT, OPTConfig), "t5": (T5, T5Config), "llama": (Llama, LlamaConfig)}[kind]
+    form = model.prompt_format or replace(FORMATS["plain"], text_end="</s>", padding="</s>")
     tokenizer = LLMTokenizer(folder, form, max_tokens=64)
     cfg = config(vocab_size=tokenizer.vocab_size, **sizes)
     llm = model(cfg)
     llm.init_weights()
     if kind == "opt":
         place_by_waves(llm.position_embedding.weight, std=cfg.width**-0.5)
-    else:
+    elif kind == "t5":
         look_around(llm)
     parameters = sum(parameter.numel() for parameter in llm.parameters())
     print(f"{kind}: {parameters:,} parameters, {tokenizer.vocab_size:,} tokens", flush=True)
@@ -372,6 +378,10 @@ def make_llm(kind: str, folder: Path, corpus: ShapesText | FileText, sizes: dict
         tensors = {key if key.startswith("lm_head") else f"model.decoder.{key}": t for key, t in tensors.items()}
         more = {"activation_function": "relu", "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
         save_public(folder, tensors, "OPTForCausalLM", "opt", write_fields(OPT_FIELDS, cfg) | more)
+    elif kind == "llama":
+        more = {"rope_theta": cfg.rope_theta, "bos_token_id": None, "eos_token_id": 2}
+        tensors = {f"model.{key}": tensor for key, tensor in unload(llm, LLAMA_TABLE).items()}
+        save_public(folder, tensors, "LlamaForCausalLM", kind, write_fields(LLAMA_FIELDS, cfg) | more)
     else:
         more = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
         config = write_fields(T5_FIELDS, cfg) | more | {"eos_token_id": 1, "decoder_start_token_id": cfg.pad_id}
@@ -412,15 +422,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=[*STEPS, "blip2"], help="make one of them")
     for part, steps in STEPS.items():
         parser.add_argument(f"--{part}-steps", type=int, default=steps)
-    parser.add_argument("--batch", type=int, default=32, help="documents of a step of opt and t5")
-    parser.add_argument("--text", type=Path, help="make a larger opt or t5 from the lines of this file (.txt or .gz)")
+    parser.add_argument("--batch", type=int, default=32, help="documents of a step of a language model")
+    parser.add_argument("--text", type=Path, help="make a larger one from the lines of this file (.txt or .gz)")
     parser.add_argument("--run", type=Path, help="make blip2 from this run of stage 2")
     parser.add_argument("--out", type=Path, default=TINY)
     args = parser.parse_args(argv)
     keep_freed_memory()
     for part in STEPS:
         torch.manual_seed(0)
-        if args.only not in (None, part) or (args.text and part in ("vit", "bert")):
+        left_out = ("llama",) + ("vit", "bert") * bool(args.text)  # unless named
+        if args.only != part and (args.only or part in left_out):
             continue
         folder, steps = args.out / part, vars(args)[f"{part}_steps"]
         if part in ("vit", "bert"):

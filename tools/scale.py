@@ -78,7 +78,7 @@ def sent(run: SimpleNamespace, gpus: int, tokens: int = 16) -> list[float]:
     if model.llm:
         return [gradients, 0, 0, 2 * ring * sum(p.nbytes for p in model.llm.parameters())]
     features = share * (model.qformer.cfg.num_queries + 1) * model.embed_dim * 4
-    image = ((model.image_size // model.vit.cfg.patch_size) ** 2 + 1) * model.vit.cfg.width * 2  # half precision
+    image = model.vit.cfg.tokens(model.image_size) * model.vit.cfg.width * 2  # half precision
     return [gradients, (gpus - 1) * (3 * features + share * (3 * 8 + 9 * tokens)), ring * share * image, 0]
 
 

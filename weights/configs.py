@@ -9,11 +9,12 @@ from torch import nn
 
 from engine.errors import UserError, expect, shorten
 from engine.files import MAX_CONFIG, read_json
-from llm import OPT, T5, OPTConfig, T5Config
+from llm import OPT, T5, Llama, LlamaConfig, OPTConfig, T5Config
 from qformer import QFormerConfig
+from sources.prompts import FORMATS
 from sources.text import is_string
-from vit import CLIP_MEAN, CLIP_STD, ViTConfig
-from weights.tables import CLIP, DINOV2, HF_BLIP2_VIT, OPT_TABLE, T5_TABLE, Table
+from vit import ACTIVATIONS, SIGLIP, ViTConfig
+from weights.tables import CLIP, DINOV2, HF_BLIP2_VIT, LLAMA_TABLE, OPT_TABLE, T5_TABLE, Table
 
 # Our field -> (their field, its default there).
 Fields = dict[str, tuple[str, object]]
@@ -26,6 +27,7 @@ BASE_FIELDS: Fields = {  # the names that most of transformers' configurations s
 DINOV2_FIELDS = BASE_FIELDS | {
     "patch_size": ("patch_size", 14),
     "image_size": ("image_size", 224),
+    "act": ("hidden_act", "gelu"),
     "eps": ("layer_norm_eps", 1e-6),
 }
 CLIP_FIELDS = DINOV2_FIELDS | {
@@ -33,6 +35,11 @@ CLIP_FIELDS = DINOV2_FIELDS | {
     "patch_size": ("patch_size", 32),
     "act": ("hidden_act", "quick_gelu"),
     "eps": ("layer_norm_eps", 1e-5),
+}
+SIGLIP_FIELDS = DINOV2_FIELDS | {
+    "mlp": ("intermediate_size", 3072),
+    "patch_size": ("patch_size", 16),
+    "act": ("hidden_act", "gelu_pytorch_tanh"),
 }
 BLIP2_VIT_FIELDS = CLIP_FIELDS | {
     "width": ("hidden_size", 1408),
@@ -76,23 +83,44 @@ T5_FIELDS: Fields = {
     "eps": ("layer_norm_epsilon", 1e-6),
     "pad_id": ("pad_token_id", 0),
 }
+LLAMA_FIELDS = BASE_FIELDS | {
+    "vocab_size": ("vocab_size", 32000),
+    "width": ("hidden_size", 4096),
+    "depth": ("num_hidden_layers", 32),
+    "heads": ("num_attention_heads", 32),
+    "kv_heads": ("num_key_value_heads", None),
+    "head_width": ("head_dim", None),
+    "mlp": ("intermediate_size", 11008),
+    "max_positions": ("max_position_embeddings", 2048),
+    "eps": ("rms_norm_eps", 1e-6),
+    "tied": ("tie_word_embeddings", False),
+}
+ROPE_FIELDS: Fields = {  # of the type llama3
+    "rope_factor": ("factor", "missing"),
+    "rope_low": ("low_freq_factor", "missing"),
+    "rope_high": ("high_freq_factor", "missing"),
+    "rope_positions": ("original_max_position_embeddings", "missing"),
+}
 
 
 # What fields of ours may hold: a type, the least and the most; of a text its length. Any other is a size, and not what
 # would be built for ever.
 SIZE, NAMES = (int, 1, 10**7), {int: "a whole number", float: "a number", str: "a text of a length"}
-SWITCHES = "ln_pre conv_bias key_bias align_corners pre_norm vit_trained text_branch conditioned".split()
+SWITCHES = "cls_token ln_pre conv_bias key_bias align_corners pre_norm tied vit_trained text_branch conditioned".split()
+STRINGS = "vit bert llm act llm_act prompt_format vit_sha256 llm_sha256 template prompt lacks".split()
 LIMITS = {
-    **dict.fromkeys("vit bert llm act llm_act vit_sha256 llm_sha256 template prompt lacks".split(), (str, 0, 4096)),
+    **dict.fromkeys(STRINGS, (str, 0, 4096)),
     **dict.fromkeys(SWITCHES, (bool, 0, 1)),
     **dict.fromkeys(("depth", "decoder_depth"), (int, 1, 1000)),
     **dict.fromkeys(("vocab_size", "pad_id"), (int, 0, 1 << 20)),
     **dict.fromkeys(("embed_dim", "num_queries"), (int, 1, 1 << 16)),
     **dict.fromkeys(("eps", "ln_vision_eps", "init_std"), (float, 0, 1)),
     **{"dropout": (float, 0, 0.999), "mlp_ratio": (float, 0.01, 100), "mean": (float, -1e3, 1e3)},
-    **{"std": (float, 1e-6, 1e3)},
+    **{"std": (float, 1e-6, 1e3), "rope_positions": (int, 1, 1 << 30), "rope_theta": (float, 1, 1e12)},
+    **dict.fromkeys(("rope_factor", "rope_low", "rope_high"), (float, 1e-3, 1e6)),
 }
-CHOICES = {"act": ("gelu", "quick_gelu"), "llm_act": ("gelu", "gelu_new"), **dict.fromkeys(SWITCHES, (True, False))}
+CHOICES = {"act": tuple(ACTIVATIONS), "llm_act": ("gelu", "gelu_new"), **dict.fromkeys(SWITCHES, (True, False))}
+CHOICES["prompt_format"] = tuple(FORMATS)
 LISTS = {"mean": (3,), "std": (3,), "lacks": range(4)}  # how long they may be
 IN_RUN = ("vit", "bert", "image_size", "embed_dim", "max_text_tokens", "ln_vision_eps")  # and "qformer"
 
@@ -122,6 +150,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
     path, merge = folder / name, "merge it into its own (merge_and_unload, save_pretrained), and pass that folder"
     adapter = not path.exists() and (folder / "adapter_config.json").exists()
     expect(not adapter, f"{folder} is an adapter of PEFT, which holds no model: {merge}")
+    gguf = not path.exists() and any(folder.glob("*.gguf"))
+    expect(not gguf, f"{folder} holds GGUF, expected config.json and weights in safetensors: fetch that release")
     return as_object(read_json(path, MAX_CONFIG), path)
 
 
@@ -172,30 +202,33 @@ def write_fields(fields: Fields, cfg) -> dict:
 
 
 def vit_config(folder: Path) -> tuple[ViTConfig, Table]:
-    """Configuration, with its published depth, and key table of an encoder folder, or of a whole CLIP or BLIP-2."""
+    """Configuration, with its published depth, and key table of the encoder in a folder, alone or in a whole model."""
     config, where = read_config(folder), folder / "config.json"
     kind = config.get("model_type")
-    if kind in ("clip", "blip-2"):
+    if kind in ("clip", "siglip", "blip-2"):
         where = f"vision_config in {where}"
         config, kind = as_object(config.get("vision_config", {}), where), f"{kind.replace('-', '_')}_vision_model"
     if kind == "dinov2":
-        expect(
-            not config.get("use_swiglu_ffn") and config.get("hidden_act", "gelu") == "gelu",
-            f"{folder} is a DINOv2 with SwiGLU, expected the plain GELU one: use dinov2-small, -base, -large",
-        )
         sizes, table = read_fields(DINOV2_FIELDS, config, where), DINOV2
         check_fields({"mlp_ratio": config.get("mlp_ratio", 4)}, where)
         sizes["mlp"] = int(sizes["width"] * config.get("mlp_ratio", 4))
+        if config.get("use_swiglu_ffn"):  # DINOv2-giant
+            sizes |= dict(act="swiglu", mlp=(sizes["mlp"] * 2 // 3 + 7) // 8 * 8)
     elif kind == "clip_vision_model":
         sizes, table = read_fields(CLIP_FIELDS, config, where), CLIP
         sizes |= dict(ln_pre=True, conv_bias=False, align_corners=True)
+    elif kind == "siglip_vision_model":
+        sizes, table = read_fields(SIGLIP_FIELDS, config, where) | SIGLIP, CLIP
     elif kind == "blip_2_vision_model":
         sizes, table = read_fields(BLIP2_VIT_FIELDS, config, where), HF_BLIP2_VIT
         sizes |= dict(act="gelu", key_bias=False, depth=sizes["depth"] + 1)  # published without its last block
     else:
-        known = "dinov2, clip, clip_vision_model, blip-2"
+        naflex = kind in ("siglip2", "siglip2_vision_model")
+        got = f"{where} is of a SigLIP 2 for images of any shape (NaFlex), expected one of a fixed size"
+        expect(not naflex, f"{got}: use siglip2-base-patch16-224 or another whose name does not end in naflex")
+        known = "dinov2, clip, clip_vision_model, siglip, siglip_vision_model, blip-2"
         raise UserError(f"{where} has model_type {shorten(repr(kind), 60)}, expected an image encoder: {known}")
-    return ViTConfig(**sizes | {"mean": CLIP_MEAN, "std": CLIP_STD} | image_norm(folder)), table
+    return ViTConfig(**sizes | image_norm(folder)), table
 
 
 def image_norm(folder: Path) -> dict[str, tuple[float, ...]]:
@@ -268,10 +301,40 @@ def t5_config(config: dict, where: str) -> T5Config:
     return T5Config(**sizes | {"decoder_depth": sizes["decoder_depth"] or sizes["depth"]}, act=act)
 
 
+def llama_config(config: dict, where: str) -> LlamaConfig:
+    """The configuration of a model of the Llama family. transformers 5 writes rope_parameters, older releases
+    rope_theta and rope_scaling."""
+    kind = config.get("model_type")
+    odd = config.get("hidden_act", "silu") != "silu" or config.get("attention_bias") or config.get("mlp_bias")
+    expect(not odd, f"{where} has an activation other than SiLU, or biases beside Qwen2's: expected a {kind} without")
+    window = config.get("sliding_window") if config.get("use_sliding_window", kind == "mistral") else None
+    scaling = as_object(config.get("rope_parameters") or config.get("rope_scaling") or {}, f"the RoPE of {where}")
+    rope = scaling.get("rope_type", scaling.get("type", "default"))
+    known = f"{where} has RoPE of the type {shorten(repr(rope), 60)}, expected default or llama3"
+    expect(rope in ("default", "llama3"), f"{known}: take a model of these, or its release without long context")
+    sizes = read_fields(LLAMA_FIELDS, config, where)
+    check_fields({"max_positions": window or 1}, where, {"max_positions": ("sliding_window",)})
+    sizes["max_positions"] = min(sizes["max_positions"], window or sizes["max_positions"])  # within it all see all
+    sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
+    got = f"{where} has {sizes['heads']} heads and {sizes['kv_heads']} of keys"
+    expect(sizes["heads"] % sizes["kv_heads"] == 0, f"{got}, expected a divisor: fetch it again")
+    sizes["head_width"] = sizes["head_width"] or sizes["width"] // sizes["heads"]
+    even = f"{where} has heads of width {sizes['head_width']}, expected an even one, for RoPE: fetch it again"
+    expect(sizes["head_width"] % 2 == 0, even)
+    sizes["rope_theta"] = scaling.get("rope_theta", config.get("rope_theta", 10_000.0))
+    check_fields({"rope_theta": sizes["rope_theta"]}, where)
+    sizes |= read_fields(ROPE_FIELDS, scaling, f"the RoPE of {where}") if rope == "llama3" else {}
+    cfg = LlamaConfig(**sizes, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
+    got = f"the RoPE of {where} has low_freq_factor {cfg.rope_low} and high_freq_factor {cfg.rope_high}"
+    expect(cfg.rope_low < cfg.rope_high, f"{got}, expected a lower low one: fetch it again")
+    return cfg
+
+
 # By the model_type in config.json; where a language model is entered, see docs/faq.md.
 LLMS = {
     "opt": LLMFamily(OPT, opt_config, OPT_TABLE, "language_model.model.decoder.", "opt_proj"),
     "t5": LLMFamily(T5, t5_config, T5_TABLE, "language_model.", "t5_proj"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLMFamily(Llama, llama_config, LLAMA_TABLE)),
 }
 
 
@@ -280,8 +343,9 @@ def llm_config(spec: str) -> tuple[object, LLMFamily]:
     if os.path.isdir(spec):
         return read_llm_config(Path(spec))
     presets = {name: (cfg, family) for family in LLMS.values() for name, cfg in family.kind.presets.items()}
-    names = f"a name ({', '.join(presets)})"
-    expect(spec in presets, f"--llm {spec} does not exist: expected a folder, or {names} for random weights")
+    names, is_file = f"a name ({', '.join(presets)})", os.path.exists(spec)
+    got = f"--llm {spec} {'is a file' if is_file else 'does not exist'}"
+    expect(spec in presets, f"{got}: expected a folder, or {names} for random weights")
     return presets[spec]
 
 
@@ -294,6 +358,8 @@ def read_llm_config(folder: Path) -> tuple[object, LLMFamily]:
     kind = config.get("model_type")
     known = f"a language model of a known type: {', '.join(LLMS)}"
     expect(kind in list(LLMS), f"{where} has model_type {shorten(repr(kind), 60)}, expected {known}")
+    quantized = f"{where} has a quantization_config: expected weights in fp32, bf16 or fp16, fetch those"
+    expect(not config.get("quantization_config"), quantized)
     return LLMS[kind].read(config, where), LLMS[kind]
 
 
@@ -307,8 +373,13 @@ def family_of(llm: nn.Module) -> LLMFamily:
 
 def hf_config(model) -> dict:
     """transformers' Blip2Config of a `Blip2`, without the language model. The ViT's position table is exported for the
-    image size that the model takes."""
+    image size that the model takes. UserError for an encoder that they cannot hold."""
     vit, qformer, retrieval = model.vit.cfg, model.qformer.cfg, model.llm is None
+    has = {"a norm before its blocks (CLIP)": vit.ln_pre, "no [CLS] (SigLIP)": not vit.cls_token}
+    has |= {"gates in its feed-forwards (DINOv2-giant)": vit.act == "swiglu"}
+    if odd := [what for what, is_so in has.items() if is_so]:
+        got = f"{model.sources['vit'].spec} has {' and '.join(odd)}, which transformers' BLIP-2 classes cannot hold"
+        raise UserError(f"{got}: export with --format {'lavis' if vit.ln_pre else 'run'}")
     return {
         "architectures": ["Blip2ForImageTextRetrieval" if retrieval else "Blip2ForConditionalGeneration"],
         "model_type": "blip-2",

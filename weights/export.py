@@ -67,18 +67,13 @@ def left_out(model: nn.Module, table: Table) -> list[str]:
 def export_hf(model, folder: Path, dtype: torch.dtype) -> list[str]:
     """config.json, safetensors, tokenizer and processor files, as transformers' BLIP-2 classes read them."""
     vit, retrieval, notes = model.vit.cfg, model.llm is None, []
-    expect(
-        not vit.ln_pre,
-        f"{model.sources['vit'].spec} has a norm before its blocks (CLIP), which transformers' BLIP-2 classes lack: "
-        "export with --format lavis",
-    )
     if vit.eps != model.ln_vision.eps:
         notes.append(
             f"ln_vision has eps {model.ln_vision.eps:g} here and {vit.eps:g} there, where the ViT has only one: "
             "outputs differ in their last digits, as those of the public conversions do"
         )
     notes += left_out(model, HF_RETRIEVAL if retrieval else HF_BLIP2)
-    tensors, config = hf_state(model), hf_config(model)
+    config, tensors = hf_config(model), hf_state(model)
     folder.mkdir()
     if retrieval:
         tokenizer, special = hf_bert_tokenizer(model.tokenizer)
@@ -186,7 +181,8 @@ def export_lavis(model, path: Path, dtype: torch.dtype) -> list[str]:
     source = model.sources["vit"]
     expect(
         vit.key_bias == vit.ln_pre,  # EVA has neither, CLIP has both
-        f"{source.spec} is neither an EVA-CLIP nor a CLIP encoder, and LAVIS knows no other: export with --format hf",
+        f"{source.spec} is neither an EVA-CLIP nor a CLIP encoder, and LAVIS knows no other: export with --format "
+        + ("hf" if vit.cls_token and vit.act != "swiglu" else "run"),
     )
     if (q.width, q.depth, q.cross_every) != (768, 12, 2):
         notes.append(

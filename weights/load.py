@@ -85,6 +85,9 @@ def match(
             renamed = re.sub(pattern, replacement, renamed)
         theirs[renamed] = key
 
+    packed = next((key for key in source if key.endswith(".qweight")), None)  # of GPTQ and AWQ
+    got = f"{what} is quantized, it has {packed}"
+    expect(packed is None, f"{got}: expected weights in fp32, bf16 or fp16, fetch those")
     plan, problems, fresh, used = {}, [], Counter(), set()
     for ours, parameter in tensors_of(target).items():
         found = ((row, keys) for row, keys in rows_for(table, ours) if theirs.keys() >= set(keys))

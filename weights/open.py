@@ -20,6 +20,7 @@ from weights.runs import Source, check_frozen, relocated, split_spec
 from weights.tables import BERT, CLIP_BARE, EVA, HF_BLIP2, HF_RETRIEVAL, LAVIS_STAGE1, LAVIS_STAGE2, LAVIS_VITS, Table
 
 MAX_SIDE = 4096  # pixels; attention takes the square of the number of patches
+OF_LLM = ("llm_act", "prompt_format", "template", "prompt", "conditioned")  # entries of a run's config.json
 BARE_FILES = {"eva-g": EVA, "clip-l": CLIP_BARE}  # encoders whose published file has no config.json
 
 
@@ -56,7 +57,7 @@ def expect_held(what: str, kind: type[nn.Module], cfg, tensors: dict, fresh: dic
 def find_vit(spec: str) -> tuple[ViTConfig, Table | None, list[Path]]:
     """Configuration of the encoder that `--vit` names, its key table and its files (none for random weights).
 
-    spec: a folder as a hub serves it; "eva-g", "clip-l" or "dinov2-s" for random weights of that architecture; or
+    spec: a folder as a hub serves it; a name of `vit.PRESETS` for random weights of that architecture; or
     "eva-g:eva_vit_g.pth" for a bare file, also a LAVIS checkpoint that holds a fine-tuned ViT. The last published block
     is dropped (paper 3.4).
     """
@@ -87,7 +88,8 @@ def load_vit(
     cfg, table, paths = find_vit(spec)
     vit, report = fill(ViT, cfg, paths, table, f"vit {spec}", dtype, device, sharded)
     if os.path.isdir(spec) and (missing := {"mean", "std"} - image_norm(Path(spec)).keys()):
-        report += f"; CLIP's {' and '.join(sorted(missing))} of pixels, as {spec} names none"
+        whose = "CLIP" if vit.cfg.cls_token else "SigLIP"
+        report += f"; {whose}'s {' and '.join(sorted(missing))} of pixels, as {spec} names none"
     return vit, report, Source(spec, paths)
 
 
@@ -99,12 +101,12 @@ def empty_vit(what: str, cfg: ViTConfig, tensors: dict, dtype: torch.dtype, devi
     return vit.to(dtype).to_empty(device=device)
 
 
-def check_size(image_size: int, patch: int, what: str) -> None:
-    """Refuse an image size that is no multiple of the patch size."""
+def check_size(image_size: int, cfg: ViTConfig, what: str) -> None:
+    """Refuse an image size that does not fit an encoder (see `ViTConfig.fitting`)."""
     expect(
-        image_size % patch == 0 and patch <= image_size <= MAX_SIDE,
-        f"--image-size {image_size} is no multiple of the patch size {patch} of {what} up to {MAX_SIDE}: "
-        f"pass --image-size {max(1, round(min(image_size, MAX_SIDE - patch) / patch)) * patch}",
+        image_size == cfg.fitting(image_size) <= MAX_SIDE,
+        f"--image-size {image_size} is no multiple of the patch size {cfg.patch_size} of {what} up to {MAX_SIDE}: "
+        f"pass --image-size {cfg.fitting(min(image_size, MAX_SIDE - cfg.patch_size))}",
     )
 
 
@@ -179,6 +181,7 @@ class Description:
     bert: str = ""
     llm: str | None = None
     llm_act: str | None = None
+    prompt_format: str | None = None
     template: str | None = None
     prompt: str = ""
     conditioned: bool = False
@@ -216,7 +219,7 @@ def describe_run(folder: Path, config: dict, vit: str | None, llm: str | None) -
         f"encoder it was trained over ({config['vit']})",
     )
     pixels, patch = config["image_size"], encoder.patch_size
-    fits = pixels % patch == 0 and pixels <= MAX_SIDE
+    fits = pixels == encoder.fitting(pixels) <= MAX_SIDE
     expect(fits, f"{folder} has image_size {pixels}, no multiple of its ViT's patch size {patch}, up to {MAX_SIDE}")
     has_llm = bool(config.get("llm"))
     llm = (llm or relocated(config["llm"], folder)) if has_llm else None
@@ -232,7 +235,7 @@ def describe_run(folder: Path, config: dict, vit: str | None, llm: str | None) -
         tokenizer=folder if config.get("text_branch", True) else None,
         **{key: config[key] for key in ("image_size", "embed_dim", "ln_vision_eps", "max_text_tokens", "bert")},
         llm=llm,
-        **{key: config[key] for key in ("llm_act", "template", "prompt", "conditioned") if key in config},
+        **{key: config[key] for key in OF_LLM if key in config},
         vit_config=own,
         untrained_heads=tuple(config.get("lacks", ())),
         frozen_sha256={part: config.get(f"{part}_sha256") for part in ("vit",) * (own is None) + ("llm",) * has_llm},

@@ -70,6 +70,7 @@ def write_config(model, folder: Path, relative_to: Path, **extra) -> None:
     if model.llm is not None:
         llm = model.sources["llm"]
         config |= {"llm": relative(llm.spec, relative_to), "llm_sha256": llm.sha256, "llm_act": model.llm_act}
+        config |= {"prompt_format": model.llm_tokenizer.format_name}
         config |= {"template": model.template, "prompt": model.prompt, "conditioned": model.conditioned}
     write_json(folder / "config.json", config, indent=2)
 

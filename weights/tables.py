@@ -3,8 +3,8 @@
 `{}` stands for a block's number. A row may apply a transform, which is undone on export. Unused keys are ignored and
 missing ones newly initialized, each with a stated reason. load.py reads these; another format is one more.
 
-    encoders    EVA-CLIP ViT-g (bare file), CLIP (LAVIS's bare file or transformers' folder), DINOv2, that of BLIP-2
-    text        BERT and models of its layout (MiniLM, ...); OPT; T5 v1.1 and Flan-T5
+    encoders    EVA-CLIP ViT-g (bare file), CLIP (LAVIS's bare file or transformers' folder), SigLIP, DINOv2, BLIP-2's
+    text        BERT and models of its layout (MiniLM, ...); OPT; the Llama family; T5 v1.1 and Flan-T5
     BLIP-2      LAVIS checkpoints of both stages; transformers' folders, with a language model or for retrieval
 """
 
@@ -151,17 +151,17 @@ def hf_encoder_rows(projection: str) -> list[Row]:
     ]
 
 
-CLIP = Table(
+CLIP = Table(  # and SigLIP, which has no [CLS] and no norm before the blocks, but a bias of the patches
     [
         Row(("embeddings.class_embedding",), "cls_token", LEAD_1_1),
         Row(("embeddings.position_embedding.weight",), "pos_embed", LEAD_1),
-        Row(("embeddings.patch_embedding.weight",), "patch_embed.weight"),
+        *both("embeddings.patch_embedding", "patch_embed"),
         *both("pre_layrnorm", "ln_pre"),  # transformers' own spelling
         *hf_encoder_rows("out_proj"),
     ],
     ignored={
-        r"post_layernorm\..*": "the final norm, unused",
-        r"text_model\..*|text_projection\..*|visual_projection\..*|logit_scale": "CLIP's text side and projections",
+        r"(post_layernorm|head)\..*": "the final norm and pooling, unused",
+        r"text_model\..*|text_projection\..*|visual_projection\..*|logit_(scale|bias)": "the text side and projections",
         r".*position_ids": "a buffer that counts 0, 1, 2, ...",
     },
     renames={r"^vision_model\.": ""},
@@ -200,7 +200,7 @@ DINOV2 = Table(
         *both("encoder.layer.{}.mlp.fc1", "blocks.{}.fc1"),
     ],
     ignored={r"layernorm\..*": "the final norm, unused", "embeddings.mask_token": "used in DINOv2's own training only"},
-    renames={r"^dinov2\.": ""},
+    renames={r"^dinov2\.": "", r"\.weights_in\.": ".fc1.", r"\.weights_out\.": ".fc2."},  # the giant's SwiGLU
 )
 
 # The encoder of transformers' BLIP-2 (EVA-CLIP without its last block). The key's third of the bias is zero, and would
@@ -353,6 +353,31 @@ OPT_TABLE = Table(
     ignored={r"lm_head\.weight": "tied to the word embeddings"} | NOT_THE_LLM,
     renames={r"^language_model\.": "", r"^(model\.)?decoder\.": ""},
 )
+
+
+LLAMA_TABLE = Table(
+    [
+        Row(("embed_tokens.weight",), "word_embedding.weight"),
+        Row(("norm.weight",), "ln_final.weight"),
+        Row(("lm_head.weight",), "lm_head.weight"),
+        Row(("embed_tokens.weight",), "lm_head.weight"),  # a file without a head has it tied
+        *under("layers.{}.", "blocks.{}.", [
+            Row(("input_layernorm.weight",), "ln_1.weight"),
+            Row(("post_attention_layernorm.weight",), "ln_2.weight"),
+            *both("self_attn.q_proj", "q"),
+            *joined("self_attn.{part}_proj", QKV[1:], "kv"),
+            *(Row((f"self_attn.{part}_norm.weight",), f"{part}_norm.weight") for part in QKV[:2]),
+            Row(("self_attn.o_proj.weight",), "proj.weight"),
+            *(Row((f"mlp.{part}_proj.weight",), f"{part}.weight") for part in ("gate", "up", "down")),
+        ]),
+    ],
+    ignored={
+        r"lm_head\.weight": "tied to the word embeddings",
+        r".*rotary_emb\.inv_freq": "the frequencies of RoPE, which are computed",
+        **NOT_THE_LLM,
+    },
+    renames={r"^language_model\.": "", r"^model\.": ""},
+)  # fmt: skip
 
 
 def t5_stack(stack: str, feed_forward: int) -> list[Row]:
