@@ -17,6 +17,7 @@ over that of the best of ten products of 4096 x 4096 matrices, in the same dtype
 import argparse
 import io
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -58,6 +59,7 @@ from engine.device import (
 from engine.distributed import print0, rank, start_processes, world_size
 from engine.errors import Parser, UserError, at_least_1, expect, run_command
 from engine.files import check_output
+from engine.step_graph import StepGraph, for_training
 from generate import generate
 from llm import T5, CausalDecoder, T5Decoder
 from model import OBJECTIVES, Blip2Model
@@ -102,14 +104,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 4096) -> fl
     return 2 * size**3 * together / min(seconds(products, device) for _ in range(10))
 
 
+@contextmanager
+def eager():
+    """Inside, nothing runs as a CUDA graph, in which nothing is counted or timed."""
+    with (
+        mock.patch.object(CUDAGraphed, "__call__", lambda self, function, x: function(x)),
+        mock.patch.object(StepGraph, "__call__", lambda self, losses_of, batch: self.module(losses_of, batch)),
+    ):
+        yield
+
+
 def counted_flops(run: Callable, device: torch.device) -> int:
-    """FLOPs of the matrix products of a run. On a CPU attention runs unfused, whose fused kernel is not counted; a
-    decoding step runs without its CUDA graph, in which nothing is counted."""
+    """FLOPs of the matrix products of a run. On a CPU attention runs unfused, whose fused kernel is not counted."""
     unfused = nullcontext() if device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
-    counter = FlopCounterMode(display=False)
+    epilogue = {torch.ops.aten._addmm_activation: lambda bias, a, b, *_, **__: 2 * math.prod(a) * b[1]}
+    counter = FlopCounterMode(display=False, custom_mapping=epilogue)
     # Its tracker of modules, of which only totals by module need it, fails on a parameter's view under no_grad.
     counter.mod_tracker = SimpleNamespace(parents={"Global"}, __enter__=lambda: None, __exit__=lambda *_: None)
-    with mock.patch.object(CUDAGraphed, "__call__", lambda self, function, x: function(x)), unfused, counter:
+    with eager(), unfused, counter:
         run()
     return counter.get_total_flops()
 
@@ -199,15 +211,15 @@ def random_batch(args: argparse.Namespace, model: Blip2, rows: int, number: int 
     return llm_batch(prompts, targets, tokenizer, ids, images=images).to(args.device)
 
 
-def training(model: nn.Module, batches: list[Batch], objectives: tuple[str, ...], args: argparse.Namespace) -> Work:
-    """An optimizer step over micro-batches, as train.py takes it."""
-    recipe = SimpleNamespace(lr=1e-6, beta2=0.98, weight_decay=0.05, vit_lr_decay=1.0, clip=1.0, seed=0)
+def training(
+    model: nn.Module, batches: list[Batch], objectives: tuple[str, ...], args: argparse.Namespace, ours: bool = True
+) -> Work:
+    """An optimizer step over micro-batches, as train.py takes it; that of transformers without a CUDA graph."""
+    recipe = SimpleNamespace(lr=1e-6, beta2=0.98, weight_decay=0.05, vit_lr_decay=1.0, bert_lr=1.0, clip=1.0, seed=0)
     recipe.gradcache, recipe.negatives_ramp = len(batches) > 1, 0
     optimizer, scaler = build_optimizer(model, recipe), torch.amp.GradScaler(enabled=args.precision == "fp16")
-    ddp = None
-    if world_size() > 1:  # as in train.py
-        ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
-    wrapped = ddp or model
+    wrapped = for_training(model, graphs=ours and len(batches) == 1 and not scaler.is_enabled())
+    ddp = wrapped if world_size() > 1 else None
 
     def step():
         optimize(wrapped, optimizer, scaler, batches, recipe, objectives, 1)
@@ -218,12 +230,12 @@ def training(model: nn.Module, batches: list[Batch], objectives: tuple[str, ...]
         if "lm" not in objectives:
             losses_of = partial(Blip2Model.stage1_losses, generator=torch.Generator())
         with torch.no_grad():
-            losses = wrapped(losses_of, batches[0])
+            losses = (ddp or model)(losses_of, batches[0])
         model.train()
         return sum(losses.values())
 
     parts = {
-        "forward, all": [(wrapped, "forward")],
+        "forward, all": [(ddp or model, "forward")],
         "backward": [(Tensor, "backward")],
         "optimizer": [(nn.utils, "clip_grad_norm_"), (optimizer, "step")],
     }
@@ -235,8 +247,8 @@ def stage1(args: argparse.Namespace) -> Work:
     model = build_model(args, with_llm=False).train()
     batches = [random_batch(args, model, args.batch, number) for number in range(args.gradcache)]
 
-    def work_of(model):
-        work, qformer = training(model, batches, OBJECTIVES, args), model.qformer
+    def work_of(model, ours):
+        work, qformer = training(model, batches, OBJECTIVES, args, ours), model.qformer
         losses = ("itc_similarity", "itc_loss", "draw_negatives", "itm_loss", "itg_loss")
         work.parts = {
             "frozen ViT": [(model, "image_tokens")],
@@ -249,8 +261,8 @@ def stage1(args: argparse.Namespace) -> Work:
         } | work.parts
         return work
 
-    work = work_of(model)
-    work.peer = lambda: work_of(peers().their_stage1(model))
+    work = work_of(model, True)
+    work.peer = lambda: work_of(peers().their_stage1(model), False)
     return work
 
 
@@ -266,7 +278,7 @@ def stage2(args: argparse.Namespace) -> Work:
         "language model": [(model.llm, "forward")],
         "losses": [(model_module, "lm_loss")],
     } | work.parts
-    work.peer = lambda: training(peers().TheirStage2(model, batch).train(), [batch], ("lm",), args)
+    work.peer = lambda: training(peers().TheirStage2(model, batch).train(), [batch], ("lm",), args, False)
     return work
 
 
@@ -349,7 +361,7 @@ def measure(work: Work, args: argparse.Namespace) -> dict:
     }
     spent, sent = defaultdict(float), defaultdict(int)
     calls = {f"waiting for {name}": [(dist, name)] for name in CALLS} if world_size() > 1 else {}
-    with timed_methods(work.parts | calls, spent, device), counted_bytes(sent):
+    with eager(), timed_methods(work.parts | calls, spent, device), counted_bytes(sent):
         whole = seconds(work.run, device)
     numbers |= {f"part: {part}, %": 100 * spent[part] / whole for part in work.parts | calls}
     numbers |= {f"sent by {name}, MB": count / 1e6 for name, count in sent.items()}
@@ -474,7 +486,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
     parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--vs", choices=["transformers"], help="compare with it, alternating")
-    parser.add_argument("--warmup", type=int, default=2, help="runs before the clock starts")
+    parser.add_argument("--warmup", type=int, default=3, help="runs before the clock starts")
     parser.add_argument("--repeats", type=at_least_1, default=7, help="timed runs")
     parser.add_argument("--checkpoint", help="load: its folder (default: random weights)")
     parser.add_argument("--data", help="data: an annotation file (default: noise)")

@@ -121,6 +121,7 @@ class TrainConfig:
     micro_batch: int = flag(0, "images a rank takes at once; 0: its share of --batch, less accumulates", AT_LEAST_0,
                             resume=True)  # fmt: skip
     lr: float | None = flag(None, "peak learning rate", ABOVE_0, resume=True)
+    bert_lr: float = flag(1.0, "learning rate of what starts as BERT, as a share of --lr", ABOVE_0, ("1",))
     min_lr: float | None = flag(None, "learning rate at the end of the cosine", AT_LEAST_0)
     warmup: int | None = flag(None, "steps from 0 to the peak", AT_LEAST_0)
     beta2: float | None = flag(None, "of AdamW", BELOW_1)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.device import cores
 from engine.distributed import print0
+from engine.draws import SampleRngs, sample_rng
 from engine.errors import UserError, expect
 from engine.stop import unheard
 from sources.annotations import Target
@@ -136,11 +137,6 @@ def collate_for(stage: str, model) -> Callable:
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The randomness of one sample; its first use chooses the caption or the answer."""
-    return np.random.default_rng([seed, position])
-
-
 class TrainSet(Dataset):
     """(position, index) pairs of a micro-batch -> Batch. An unreadable image is replaced by the next readable one."""
 
@@ -242,10 +238,10 @@ class StepSampler(Sampler):
                 batches = self.window(window)
             for part in range(self.accumulate):  # this rank's rows of each micro-batch
                 begin = (part * self.world + self.rank) * self.batch
-                yield batches[place][begin : begin + self.batch]
+                yield list(map(tuple, batches[place][begin : begin + self.batch].tolist()))
 
-    def window(self, number: int) -> list[list[tuple[int, int]]]:
-        """The global batches of one window, in order, each of (position, index) pairs."""
+    def window(self, number: int) -> list[np.ndarray]:
+        """The global batches of one window, in order, each of (position, index) pairs: (N, 2)."""
         size, images, group = self.WINDOW * self.global_batch, self.images, self.images.group_size
         position, last = number * size, min((number + 1) * size, self.steps * self.global_batch)
         count, last = last - position, last + -last % group  # no group is cut; what is too much is left out below
@@ -256,12 +252,12 @@ class StepSampler(Sampler):
             position += len(drawn)
             pairs = np.stack((positions, drawn), axis=1).reshape(-1, group, 2)
             if not images.asks:  # questions of one kind have one length: such a batch would pull one way
-                words = images.words(part, drawn, (sample_rng(self.seed, p) for p in positions.tolist()))
+                words = images.words(part, drawn, SampleRngs(self.seed, positions))
                 pairs = pairs[np.reshape(words, (-1, group)).max(axis=1).argsort(kind="stable")]
             groups.append(pairs)
             places.append((np.arange(len(pairs)) + 0.5) / max(1, len(pairs)))  # each set spreads over all batches
         order = np.concatenate(places).argsort(kind="stable")
-        samples = list(map(tuple, np.concatenate(groups)[order].reshape(-1, 2)[:count].tolist()))
+        samples = np.concatenate(groups)[order].reshape(-1, 2)[:count]
         batches = [samples[i : i + self.global_batch] for i in range(0, len(samples), self.global_batch)]
         rng = np.random.default_rng([self.seed, number])
         return [batches[i] for i in rng.permutation(len(batches))]

@@ -44,6 +44,7 @@ from tasks.attention_maps import draw_attention
 from tasks.batches import IMAGES, PartialResults
 from tasks.features import write_features
 from tasks.presets import PRESETS, REPORTS, TASKS, partial_folder, provenance, write_result
+from tasks.retrieval import RULES
 from tasks.shapes_qa import shapes_vqa
 
 # The image that ships with the code, and what is asked about it by default.
@@ -197,7 +198,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--checkpoint", every[1:], required=True, help=opened)
     for command in preset:
         names = [name for name, choices in PRESETS.items() if choices["task"] == command]
-        flag("--preset", (command,), default=f"{command}-v1", choices=names, help=f"default {command}-v1")
+        newest = max(name for name in names if name.startswith(f"{command}-v"))
+        flag("--preset", (command,), default=newest, choices=names, help=f"default {newest}")
     flag("--vit", every, help="the frozen encoder, if it is not where the run says")
     flag("--bert", every, help="for a .pth: the BERT folder")
     flag("--llm", every, help="the frozen language model, if it is not where the run says")
@@ -232,7 +234,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     flag("--split", (*preset, "answers"), help="of shapes and of Karpathy's files; default the preset's")
     flag("--k", ("retrieval",), type=at_least_1, help="how many candidates ITM re-ranks; default 128")
-    flag("--rerank", ("retrieval",), choices=("itm", "itm+itc"), help="default itm, as in the paper")
+    flag("--rerank", ("retrieval",), choices=RULES, help="default posterior; the paper's is itm, LAVIS's itm+itc")
     flag("--beams", generated, dest="num_beams", type=few, help="default 5")
     flag("--max-new-tokens", generated, type=few, help="default the preset's")
     flag("--predictions", generated, help="write the predictions here, as the task's evaluation server reads them")

@@ -25,8 +25,6 @@ IGNORE = -100  # label of a position where nothing is predicted
 
 def smoothing_floor(classes: int) -> float:
     """Minimum of a label-smoothed cross-entropy over `classes`: the entropy of its target."""
-    if classes == 1:
-        return 0.0
     rest = LABEL_SMOOTHING / classes
     right = 1 - LABEL_SMOOTHING + rest
     return -right * math.log(right) - (classes - 1) * rest * math.log(rest)
@@ -74,10 +72,11 @@ class Negatives(NamedTuple):
     has_negative_text: Tensor  # (B,) bool
 
 
-def random_numbers(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def random_numbers(rows: int, generator: torch.Generator | Tensor | None, device: torch.device) -> Tensor:
     """Uniform random numbers (2, N), for the negative image and the negative text of each global row, so that the draw
-    does not depend on how the rows are spread over ranks."""
-    return torch.rand(2, rows, generator=generator).to(device, non_blocking=device.type == "cuda")
+    does not depend on how the rows are spread over ranks. generator: on the CPU, or the numbers themselves."""
+    drawn = generator if isinstance(generator, Tensor) else torch.rand(2, rows, generator=generator)
+    return drawn.to(device, non_blocking=device.type == "cuda")
 
 
 def draw_negatives(sim_i2t: Tensor, sim_t2i: Tensor, same_image: Tensor, uniform: Tensor, hardness: float) -> Negatives:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.kernels import Linear, attention, cross_attention, dropout, linear
+from engine.kernels import LayerNorm, Linear, attention, cross_attention, dropout, linear
 
 # Keys and values (B, H, P, K) for each block with cross-attention; for ITM's pairs see `kernels.cross_attention`.
 ImageKV = list[tuple[Tensor, ...]]
@@ -124,7 +124,7 @@ class SelfAttention(nn.Module):
         self.layer, self.heads, self.dropout = layer, cfg.heads, cfg.dropout
         self.qkv = Linear(cfg.width, 3 * cfg.width)
         self.proj = Linear(cfg.width, cfg.width)
-        self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.ln = LayerNorm(cfg.width, eps=cfg.eps)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
         drop = self.dropout if self.training else 0.0
@@ -144,7 +144,7 @@ class CrossAttention(nn.Module):
         self.q = Linear(cfg.width, cfg.width)
         self.kv = Linear(cfg.image_width, 2 * cfg.width)
         self.proj = Linear(cfg.width, cfg.width)
-        self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.ln = LayerNorm(cfg.width, eps=cfg.eps)
 
     def image_kv(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P, V) -> keys and values (B, H, P, K)."""
@@ -165,7 +165,7 @@ class FeedForward(nn.Module):
         self.dropout = cfg.dropout
         self.up = Linear(cfg.width, cfg.mlp)
         self.down = Linear(cfg.mlp, cfg.width)
-        self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.ln = LayerNorm(cfg.width, eps=cfg.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         drop = self.dropout if self.training else 0.0
@@ -199,7 +199,7 @@ class LMHead(nn.Module):
     def __init__(self, cfg: QFormerConfig):
         super().__init__()
         self.dense = Linear(cfg.width, cfg.width)
-        self.ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.ln = LayerNorm(cfg.width, eps=cfg.eps)
         self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
 
     def forward(self, x: Tensor, word_embedding: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.empty(1, cfg.num_queries, cfg.width))
         self.word_embedding = nn.Embedding(cfg.vocab_size, cfg.width)
         self.position_embedding = nn.Embedding(cfg.max_positions, cfg.width)
-        self.embedding_ln = nn.LayerNorm(cfg.width, eps=cfg.eps)
+        self.embedding_ln = LayerNorm(cfg.width, eps=cfg.eps)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.lm_head = LMHead(cfg)
         self.init_weights()

@@ -16,7 +16,8 @@ ADAMW = dict(beta2=0.98, weight_decay=0.05, clip=1.0)
 STAGE1 = dict(steps=250_000, lr=1e-4, min_lr=1e-5, warmup=2000, negatives_ramp=0, eval_every=5000, save_every=5000,
               **ADAMW, **PAPER_SIZES)  # fmt: skip
 # With few images a run has no time for negatives that are too hard at first, and few passes, so that dropout only slows
-# it down (docs/own-images.md has the measurements). `fit_to` adds what depends on the number of images.
+# it down (docs/own-images.md has the measurements); what is new needs a high rate, which would make BERT forget its
+# language. `fit_to` adds what depends on the number of images.
 SMALL = PAPER_SIZES | ADAMW | dict(lr=3e-4, min_lr=1e-5, dropout=0.0)
 SMALL_TUNING = ADAMW | dict(lr=3e-4, min_lr=1e-5, freeze_vit=True, vit_lr_decay=1.0, grad_checkpointing=False)
 SMALL_DATA, CACHED_IMAGES = 50_000, 20_000  # fewer images than this are "small"; up to this their tokens are cached
@@ -39,7 +40,7 @@ RECIPES = {
     # on negatives that are too hard at first.
     "stage 1, tiny": dict(steps=1890, batch=32, lr=1e-3, min_lr=1e-5, warmup=90, negatives_ramp=600,
                           eval_every=945, save_every=945, **ADAMW, **TINY_SIZES),
-    "stage 1, small": SMALL,
+    "stage 1, small": SMALL | dict(lr=8e-4, bert_lr=0.2),
     "stage 2, paper, OPT": dict(steps=80_000, batch=1920, **STAGE2),
     "stage 2, paper, T5": dict(steps=80_000, batch=1520, **STAGE2),
     "stage 2, tiny": dict(steps=2500, batch=32, lr=1e-3, min_lr=1e-5, warmup=75, eval_every=500, save_every=2500,

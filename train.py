@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from blip2 import Blip2
 from config import TrainConfig, begin, check, continues, parse_flags, resume, run_folder
@@ -47,11 +46,13 @@ from engine.lock import locked
 from engine.log import Log, Meter, log_line, print_start
 from engine.progress import clock
 from engine.sharding import sharded_parts
+from engine.step_graph import for_training
 from model import Blip2Model
 from recipes import FINE_TUNING, SMALL_DATA, WITH_LLM
 from tasks.features import cache_tokens
 from tasks.validation import final_evaluation, validate
 
+STARTS_AS_BERT = re.compile(r"qformer\.(word_|position_|embedding_ln|lm_head|blocks\.\d+\.(attn|ffn))")
 TEMPERATURES = (0.001, 0.5)  # bounds of ITC's temperature; LAVIS has none
 
 # --- schedule and optimizer ------------------------------------------------------------------------------------------
@@ -81,12 +82,13 @@ def vit_lr_scale(name: str, depth: int, decay: float) -> float:
 def build_optimizer(model: nn.Module, cfg) -> torch.optim.AdamW:
     """AdamW over the trained parameters. Weight decay on tensors of two or more dimensions: no bias, norm, temperature.
 
-    Each group has a "scale", a multiplier of the learning rate: 1, except in a trained ViT (`vit_lr_scale`).
+    Each group has a "scale" of the learning rate: `bert_lr` for what starts as BERT; for a trained ViT `vit_lr_scale`.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = vit_lr_scale(name, model.vit.cfg.depth, cfg.vit_lr_decay) if name.startswith("vit.") else 1.0
+            scale = cfg.bert_lr if STARTS_AS_BERT.match(name) else 1.0
+            scale = vit_lr_scale(name, model.vit.cfg.depth, cfg.vit_lr_decay) if name.startswith("vit.") else scale
             groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
     kinds = [
         {"params": params, "weight_decay": cfg.weight_decay if is_matrix else 0.0, "scale": scale}
@@ -110,8 +112,8 @@ def optimize(
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step -> the losses (len(objectives),), this rank's share, and the gradient norm.
 
-    ddp: the model, or DistributedDataParallel around it. The host does not wait for the device, except for hard
-    negatives from other ranks (`fetch_rows`).
+    ddp: what `for_training` returns. The host does not wait for the device, except for hard negatives from other ranks
+    (`fetch_rows`).
     """
     model, generator, hardness = getattr(ddp, "module", ddp), torch.Generator(), hardness_at(step, cfg)
     generator.manual_seed(hash((cfg.seed, step, 0)))  # hard negatives of GradCache; else seeded again below
@@ -120,9 +122,8 @@ def optimize(
     elif cfg.gradcache and len(micro_batches) > 1:
         losses_of = two_pass_losses(model, micro_batches, objectives, generator, hardness)
     else:
-        totals = model.stage1_totals(micro_batches)
-        draw = dict(generator=generator, hardness=hardness)
-        losses_of = partial(Blip2Model.stage1_losses, objectives=objectives, totals=totals, **draw)
+        how = dict(totals=model.stage1_totals(micro_batches), generator=generator, hardness=hardness)
+        losses_of = partial(Blip2Model.stage1_losses, objectives=objectives, **how)
     parts = []
     for number, batch in enumerate(micro_batches):
         generator.manual_seed(hash((cfg.seed, step, number)))  # a hash of ints is the same in all processes
@@ -226,9 +227,7 @@ def train(cfg: TrainConfig, given: set[str], run: Path) -> dict | None:
     torch.manual_seed(cfg.seed + rank())  # dropout from here on
     if resumed:
         best, trained_s = restore(folder, resumed, model, optimizer, scaler, data, cfg.data_changed)
-    ddp = model
-    if world_size() > 1:  # all ranks have the same weights already
-        ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+    ddp = for_training(model, graphs=accumulate == 1 and not (cfg.grad_checkpointing or scaler.is_enabled()))
 
     # --- log, checkpoint, validation
     if rank() == 0:  # after all checks have passed

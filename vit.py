@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from engine.kernels import activated, image_attention
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP = dict(cls_token=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -89,7 +91,7 @@ class Attention(nn.Module):
         k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
         qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
         q, k, v = qkv.view(B, P, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, P, K)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = image_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, P, V))
 
 
@@ -107,7 +109,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.fc2(self.act(self.fc1(self.ln_2(x))))
+        return x + self.fc2(activated(self.fc1, self.act, self.ln_2(x)))
 
 
 class ViT(nn.Module):

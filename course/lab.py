@@ -166,7 +166,7 @@ def measure(model, objectives: tuple[str, ...], small: bool) -> dict:
         names |= {"majority answer": "the majority answer", "true caption as text": "the true caption as text"}
         shares = {name: found["accuracy"][key]["all"] for name, key in names.items()}
         return shares | {"captions": found["correct captions"]}
-    found, numbers = retrieval(model, images, k=16, match="itm" in objectives), {}
+    found, numbers = retrieval(model, images, k=16, rerank="itm", match="itm" in objectives), {}
     for ranking, name in (("itc", "R@1"), ("reranked", "R@1 re-ranked")):
         if ranking in found:
             numbers[name] = statistics.mean(way["R@1"] for way in found[ranking].values())

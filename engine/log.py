@@ -90,6 +90,8 @@ def print_start(model, optimizer, cfg, objectives: tuple[str, ...], micro_batch:
         scales = sorted({group["scale"] for group in optimizer.param_groups})
         rates = ", ".join(f"{cfg.lr * scale:.1e}" for scale in scales[:-1] or scales)
         print0(f"peak learning rate {cfg.lr:.1e}; in the ViT, from below: {rates}")
+    elif cfg.bert_lr != 1:
+        print0(f"peak learning rate {cfg.lr:.1e}; of what starts as BERT {cfg.lr * cfg.bert_lr:.1e}")
     if "itc" in objectives:
         more = "; accumulation adds none" + " (--gradcache does)" * (not model.vit_is_trained)
         print0(f"ITC: 1 positive + {candidates - 1} negatives per image" + more * (cfg.batch > candidates))

@@ -2,11 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from engine.draws import SampleRngs
 from engine.errors import expect
 from engine.permutation import permute_blocks
 from engine.progress import progress
@@ -90,7 +90,7 @@ class Mixture:
             groups[now] = permute_blocks(bounds, together, [seed, part, int(epoch)], places[now])
         return (groups[:, None] * group + np.arange(group)).flatten()
 
-    def words(self, part: int, indices: np.ndarray, rngs: Iterable[np.random.Generator]) -> list[int]:
+    def words(self, part: int, indices: np.ndarray, rngs: SampleRngs) -> list[int]:
         """`Source.words` of samples of a part."""
         return self.parts[part].words(self.rows(indices) - self.starts[part], rngs)
 

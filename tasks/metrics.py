@@ -19,14 +19,11 @@ def ranks(scores: Tensor, positives: Tensor) -> Tensor:
     return (~(scores < best) & ~positives).sum(dim=1)
 
 
-def reranked_ranks(first: Tensor, second: Tensor, positives: Tensor, k: int) -> Tensor:
-    """Ranks after the k best candidates by `first` are re-ordered by `second`; all (n, m).
-
-    Where no positive is among the k, the rank is the one by `first`.
-    """
-    chosen = torch.zeros_like(positives).scatter_(1, first.topk(min(k, first.shape[1]), dim=1).indices, True)
-    among = ranks(second.masked_fill(~chosen, float("-inf")), positives & chosen)
-    return torch.where((positives & chosen).any(dim=1), among, ranks(first, positives))
+def reranked(first: Tensor, second: Tensor, k: int) -> Tensor:
+    """The k best candidates by `first` re-ordered by `second`, above the others; all (n, m) scores, here fp64."""
+    best = first.topk(min(k, first.shape[1]), dim=1).indices
+    chosen = torch.zeros_like(first, dtype=torch.bool).scatter_(1, best, True)
+    return torch.where(chosen, second, first.double() - first.max() + second[chosen].min() - 1)
 
 
 def recalls(rank: Tensor) -> dict[str, float]:

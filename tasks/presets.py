@@ -36,6 +36,7 @@ PRESETS = {
     "aokvqa-zeroshot-v2": ZERO_SHOT | ANSWERS | dict(metric="aokvqa"),  # v1 counts as LAVIS does
     "vqav2-v1": QUESTIONS | ANSWERS | dict(image_size=490, metric="vqa"),  # Table 4
     "retrieval-v1": RETRIEVAL,
+    "retrieval-v2": RETRIEVAL | dict(rerank="posterior"),  # v1 forgets what ITC has already said
     "coco-retrieval-v1": RETRIEVAL | dict(image_size=364),  # Table 5, fine-tuned
     "flickr30k-retrieval-v1": RETRIEVAL | dict(image_size=364),  # Table 5, zero-shot by a model fine-tuned on COCO
 }

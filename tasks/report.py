@@ -155,7 +155,7 @@ def grids(found: dict) -> str:
     made = ""
     for row in found.get("retrieval", ()):
         made += f'<h3>{html.escape(row["text"])}</h3><div class="pair">'
-        for way, name in (("ITC", "by ITC"), ("ITM", "re-ranked by ITM")):
+        for way, name in (("ITC", "by ITC"), ("ITM", "re-ranked by ITM+ITC")):
             if way in row:
                 hits = [(found["pictures"][str(image)], image == row["image"]) for image in row[way][:5]]
                 place = f"{name}: the right one at {row[way].index(row['image']) + 1} of {len(row[way])}"

@@ -1,4 +1,4 @@
-"""Image-text retrieval (paper 4.4): recall at 1, 5, 10, ranked by ITC, then re-ranked by ITM.
+"""Image-text retrieval (paper 4.4): recall at 1, 5, 10, ranked by ITC, then re-ranked with ITM.
 
 Each image goes through the ViT once, each needed pair through the ITM pass once. Letters: N images, M texts.
 """
@@ -14,7 +14,9 @@ from engine.progress import progress
 from sources.mixture import Mixture
 from sources.text import pad
 from tasks.batches import TEXTS, Gallery, PartialResults, encode_images, evaluation, gather_shards, map_batches, shard
-from tasks.metrics import chance, ranks, recalls, reranked_ranks
+from tasks.metrics import chance, ranks, recalls, reranked
+
+RULES = {"posterior": "ITM+ITC", "itm": "ITM", "itm+itc": "LAVIS"}  # of re-ranking, and their names in a table
 
 
 @evaluation
@@ -22,16 +24,20 @@ def retrieval(
     model: Blip2,
     images: Mixture,
     k: int = 128,  # paper 4.4
-    rerank: str = "itm",
+    rerank: str = "posterior",
     match: bool = True,
     workers: int = 0,
     partial: PartialResults | None = None,
 ) -> dict:
-    """Recall at 1, 5, 10 in both directions, by ITC alone and re-ranked by ITM.
+    """Recall at 1, 5, 10 in both directions, by ITC alone and re-ranked with ITM.
 
-    rerank: "itm", by the matching score alone (the paper), or "itm+itc", which adds the raw cosine to the raw match
-    logit (LAVIS). match=False leaves ITM out, for a model that was trained without it.
+    rerank: "posterior", ITM's log-odds + cosine / temperature. ITM's negatives are drawn by ITC's softmax, so its
+    log-odds tell how much likelier a pair is than ITC says: by Bayes, ITC is the prior and ITM the likelihood ratio.
+    "itm", by the matching score alone (the paper), or "itm+itc", which adds the raw cosine to the raw match logit
+    (LAVIS). match=False leaves ITM out, for a model that was trained without it.
     """
+    if rerank == "posterior" and "itc" in model.untrained_heads:
+        rerank = "itm"  # its negatives were uniform: there is no prior
     gallery = Gallery(images)
     N, M = gallery.positives.shape
     encoded = encode_images(model, images, gallery.rows[shard(N)], workers)
@@ -46,7 +52,7 @@ def retrieval(
     parts = progress(list(chunked(feats, 64)), "ITC")
     itc = torch.cat([model.itc_scores(EncodedImages(part, part, part), texts) for part in parts]).cpu()
 
-    itm = None
+    itm, prior = None, None
     if match:
         # The pairs among the k best of any image or any text, each once; a rank scores those of its images.
         wanted = torch.zeros(N, M, dtype=torch.bool)
@@ -54,8 +60,12 @@ def retrieval(
         wanted |= torch.zeros(M, N, dtype=torch.bool).scatter_(1, itc.T.topk(min(k, N), dim=1).indices, True).T
         swapped = gallery.subsets().get("swapped", torch.arange(0)).view(-1, 2)
         wanted[swapped[:, :, None], swapped[:, None]] = True  # for `twins`, however far apart ITC has put them
-        itm = match_scores(model, encoded, texts, wanted, rerank, partial) + (0 if rerank == "itm" else itc)
-    return {"task": "retrieval", **report(gallery, itc, itm, k), "rerank": rerank}
+        itm = match_scores(model, encoded, texts, wanted, rerank, partial)
+        if rerank == "itm+itc":
+            itm += itc
+        elif rerank == "posterior":
+            prior = itc / model.temperature.item()
+    return {"task": "retrieval", **report(gallery, itc, itm, k, prior), "rerank": rerank}
 
 
 def match_scores(
@@ -72,7 +82,7 @@ def match_scores(
         for chosen in batches:
             rows, columns = wanted[chosen.start : chosen.stop].nonzero(as_tuple=True)
             logits = model.match_logits(mine, texts, rows + chosen.start - first, columns)
-            yield (logits[:, 1] - (logits[:, 0] if rerank == "itm" else 0)).tolist()
+            yield (logits[:, 1] - (0 if rerank == "itm+itc" else logits[:, 0])).tolist()
 
     scores = torch.full(wanted.shape, float("-inf"))
     pairs = hashlib.sha256(np.packbits(wanted.numpy()).tobytes()).hexdigest()[:12]
@@ -80,18 +90,22 @@ def match_scores(
     return scores
 
 
-def report(gallery: Gallery, itc: Tensor, itm: Tensor | None, k: int) -> dict:
-    """Recalls of the whole gallery and of its subsets, both directions, beside chance and shuffled images."""
+def report(gallery: Gallery, itc: Tensor, itm: Tensor | None, k: int, prior: Tensor | None = None) -> dict:
+    """Recalls of the whole gallery and of its subsets, both directions, beside chance and shuffled images.
+
+    itc, itm, prior: (N, M) scores. itm + prior re-ranks; itm alone, too, where there is a prior.
+    """
     positives = gallery.positives
     N, M = positives.shape
+    scores = itm if prior is None else itm + prior
 
-    def both(chosen: Tensor, positives: Tensor, itm: Tensor | None) -> dict:
+    def both(chosen: Tensor, positives: Tensor, second: Tensor | None) -> dict:
         """Queries are the chosen images and their texts; candidates are always all."""
         texts, found = torch.isin(gallery.owner, chosen).nonzero().squeeze(1), {}
         for way, rows, order in (("image_to_text", chosen, (0, 1)), ("text_to_image", texts, (1, 0))):
             first, truth = itc.permute(order)[rows], positives.permute(order)[rows]
-            rank = ranks(first, truth) if itm is None else reranked_ranks(first, itm.permute(order)[rows], truth, k)
-            found[way] = recalls(rank)
+            order = first if second is None else reranked(first, second.permute(order)[rows], k)
+            found[way] = recalls(ranks(order, truth))
         return found
 
     everything, subsets = torch.arange(N), gallery.subsets()
@@ -99,14 +113,15 @@ def report(gallery: Gallery, itc: Tensor, itm: Tensor | None, k: int) -> dict:
     out = {"images": N, "texts": M, "k": k}
     out["chance"] = {"image_to_text": chance(positives), "text_to_image": chance(positives.T)}
     out["itc"] = both(everything, positives, None)
+    if prior is not None:
+        out["itm"] = both(everything, positives, itm)
     if itm is not None:
-        out["reranked"] = both(everything, positives, itm)
-    out["shuffled images"] = both(everything, shuffled, itm)
-    out["subsets"] = {name: both(chosen, positives, itm) for name, chosen in subsets.items()}
+        out["reranked"] = both(everything, positives, scores)
+    out["shuffled images"] = both(everything, shuffled, scores)
+    out["subsets"] = {name: both(chosen, positives, scores) for name, chosen in subsets.items()}
     if "swapped" in subsets:
         out["twins"] = twins(subsets["swapped"], itc, itm)
-    out["mistakes"] = mistakes(gallery, itc, itm, k)
-    return out
+    return out | extremes(gallery, itc if itm is None else reranked(itc, scores, k))
 
 
 def twins(swapped: Tensor, itc: Tensor, itm: Tensor | None) -> dict[str, float]:
@@ -119,23 +134,33 @@ def twins(swapped: Tensor, itc: Tensor, itm: Tensor | None) -> dict[str, float]:
     return found
 
 
-def mistakes(gallery: Gallery, itc: Tensor, itm: Tensor | None, k: int, count: int = 5) -> list[dict]:
-    """The first images whose best caption is not theirs."""
-    found = itc.topk(1 if itm is None else min(k, itc.shape[1]), dim=1).indices
-    order = (itc if itm is None else itm).gather(1, found)
-    best = found.gather(1, order.argmax(dim=1, keepdim=True)).squeeze(1)
-    wrong = (gallery.owner[best] != torch.arange(len(best))).nonzero().squeeze(1)[:count]
-    return [
-        {"image": gallery[i].name, "found": gallery.texts[best[i]], "its own": gallery.references[i][0]}
-        for i in wrong.tolist()
-    ]
+def extremes(gallery: Gallery, scores: Tensor, count: int = 5) -> dict[str, list[dict]]:
+    """By scores (N, M), "best": the images that find their own caption with the largest margin, and "mistakes": those
+    whose own captions rank lowest. "its own" is the first of these."""
+    positives, low = gallery.positives, float("-inf")
+    own, other = scores.masked_fill(~positives, low).max(dim=1), scores.masked_fill(positives, low).amax(dim=1)
+    rank, found = ranks(scores, positives), scores.argmax(dim=1)
+    best, worst = (own.values - other).argsort(descending=True), rank.argsort(descending=True, stable=True)
+
+    def shown(i: int) -> dict:
+        texts = {"found": gallery.texts[found[i]], "its own": gallery.texts[own.indices[i]]}
+        return {"image": gallery[i].name, **texts, "rank": int(rank[i]) + 1}
+
+    chosen = {"best": best[rank[best] == 0], "mistakes": worst[rank[worst] > 0]}
+    return {name: [shown(i) for i in images[:count].tolist()] for name, images in chosen.items()}
+
+
+def rankings(result: dict) -> dict[str, dict]:
+    """The recalls of a result of `retrieval` by the name of their ranking; also of one from before there were rules."""
+    names = {"itc": "ITC", "itm": "ITM", "reranked": RULES[result.get("rerank", "itm")]}
+    return {name: result[key] for key, name in names.items() if key in result}
 
 
 def retrieval_table(result: dict) -> str:
     """The result of `retrieval` as a table."""
-    rows = [("chance", result["chance"]), ("shuffled images", result["shuffled images"]), ("ITC", result["itc"])]
-    if "reranked" in result:
-        rows.append((f"ITM re-ranks {result['k']}", result["reranked"]))
+    rows = [(name, result[name]) for name in ("chance", "shuffled images")]
+    for name, numbers in rankings(result).items():
+        rows.append((name if name == "ITC" else f"{name} re-ranks {result['k']}", numbers))
     rows += [(f"- {name}", numbers) for name, numbers in result["subsets"].items()]
     lines = [
         f"{result['images']:,} images, {result['texts']:,} captions, {result['seconds']:.0f} s",
@@ -148,6 +173,7 @@ def retrieval_table(result: dict) -> str:
     if "twins" in result:
         pairs = ", ".join(f"{name.upper()} {share:.1f} %" for name, share in result["twins"].items())
         lines.append(f"twin accuracy (chance 50 %): {pairs}")
-    for mistake in result["mistakes"]:
-        lines.append(f'mistake: {mistake["image"]} found "{mistake["found"]}", its own is "{mistake["its own"]}"')
+    lines += [f'best: {row["image"]} found its own, "{row["found"]}"' for row in result["best"]]
+    for row in result["mistakes"]:
+        lines.append(f'worst: {row["image"]} found "{row["found"]}"; rank {row["rank"]}: its own "{row["its own"]}"')
     return "\n".join(lines)

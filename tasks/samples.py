@@ -56,17 +56,19 @@ def samples(model: Blip2, images: Mixture, stage: str, objectives: tuple[str, ..
 
 
 def retrieval_grid(model: Blip2, gallery: Gallery, encoded: EncodedImages, match: bool) -> list[dict]:
-    """For the texts of some images all images, best first: by ITC, and with the best of them re-ranked by ITM."""
+    """For the texts of some images all images, best first: by ITC, and with the best re-ranked by ITM and ITC."""
     own = spread(len(encoded.feats), QUERIES)
     texts = [gallery.references[image][0] for image in own]
     features = model.encode_text(texts)
-    order = model.itc_scores(encoded, features).T.cpu().argsort(dim=1, descending=True)  # (queries, images)
+    itc = model.itc_scores(encoded, features).T.cpu()  # (queries, images)
+    order = itc.argsort(dim=1, descending=True)
     found = [{"text": text, "image": image, "ITC": row} for text, image, row in zip(texts, own, order.tolist())]
     if match:
         first = order[:, :RERANKED]
         columns = torch.arange(len(own))[:, None].expand_as(first)
         logits = model.match_logits(encoded, features, first.flatten(), columns.flatten()).float().cpu()
-        again = (logits[:, 1] - logits[:, 0]).view(first.shape).argsort(dim=1, descending=True)
+        posterior = (logits[:, 1] - logits[:, 0]).view(first.shape) + itc.gather(1, first) / model.temperature.item()
+        again = posterior.argsort(dim=1, descending=True)
         for row, best, rest in zip(found, first.gather(1, again).tolist(), order[:, RERANKED:].tolist()):
             row["ITM"] = best + rest
     return found

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from blip2 import Blip2
-from data import sample_rng
 from engine.checkpoint import finish_writing
 from engine.distributed import barrier, gather_objects, print0, rank, take_from_0, world_size
+from engine.draws import sample_rng
 from engine.files import read_json, write_json
 from engine.log import loss_bounds, model_summary, rows_of
 from engine.stop import at_once
@@ -15,7 +15,7 @@ from tasks.batches import encoded_batches
 from tasks.captions import captioning
 from tasks.presets import REPORTS, provenance, write_result
 from tasks.report import read_run, write_report
-from tasks.retrieval import retrieval
+from tasks.retrieval import rankings, retrieval
 from tasks.samples import samples
 from tasks.shapes_qa import shapes_captioning, shapes_vqa
 from tasks.vqa import vqa
@@ -124,11 +124,10 @@ def validation_lines(model: Blip2, val: Mixture, result: dict, step: int, is_bes
     unit, (blind, value) = "" if name == "CIDEr" else " %", control(result)
     numbers = f"{name} {score:.1f}{unit} ({blind} {value:.1f}{unit}){', the best so far' * is_best}"
     lines = [f"validation at step {step}: {numbers} ({result['seconds']:.0f} s)"]
-    for ranking, by in (("itc", "ITC"), ("reranked", "ITM")):
-        if ranking in result:
-            ways = *result[ranking].values(), result["chance"]["image_to_text"]  # chance is that of both ways
-            i2t, t2i, chance = (way["R@1"] for way in ways)
-            lines.append(f"  R@1 by {by}: image-to-text {i2t:.1f} %, text-to-image {t2i:.1f} % (chance {chance:.1f} %)")
+    for by, recalls in rankings(result).items():
+        ways = *recalls.values(), result["chance"]["image_to_text"]  # chance is that of both ways
+        i2t, t2i, chance = (way["R@1"] for way in ways)
+        lines.append(f"  R@1 by {by}: image-to-text {i2t:.1f} %, text-to-image {t2i:.1f} % (chance {chance:.1f} %)")
     if result["task"] == "answers":
         others = result["correct captions of shuffled images"]
         lines.append(f"  correct captions {result['correct captions']:.1f} % (shuffled images: {others:.1f} %)")

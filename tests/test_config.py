@@ -417,7 +417,7 @@ def test_help_names_every_flag_of_a_stage_in_groups_with_the_recipes_values(caps
     assert places == sorted(places)
     if stage == "1":
         assert (
-            "(default: paper 0.0001; tiny 0.001; small 0.0003)" in text
+            "(default: paper 0.0001; tiny 0.001; small 0.0008)" in text
             and "(default: paper and small 224; tiny" in text
         )
         assert "paper 250000; tiny 1890; small by the number of images" in text and "of AdamW (default: 0.98)" in text

@@ -25,6 +25,7 @@ from data import (
     qformer_batch,
     train_loader,
 )
+from engine.draws import SampleRngs
 from engine.errors import UserError
 from llm import OPT, T5
 from sources.annotations import AnnotationFile, ShapesSource
@@ -296,6 +297,26 @@ def test_captions_of_a_step_are_of_similar_length(images):
     lengths = [[len(images[index].captions[0].split()) for _, index in samples] for samples in steps_of(images)[:10]]
     assert np.mean([max(step) - min(step) for step in lengths]) < 1
     assert sorted(map(max, lengths)) != list(map(max, lengths))
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**63 - 1])
+def test_the_choices_of_many_samples_at_once_are_those_of_each(seed):
+    positions = np.concatenate((np.arange(2000), 2**32 + np.arange(-9, 9), [2**40]))
+    counts = np.random.default_rng(seed).integers(1, 30, len(positions))
+    rngs = SampleRngs(seed, positions)
+    assert rngs.choose(counts).tolist() == [int(rng.integers(count)) for rng, count in zip(rngs, counts)]
+
+
+def test_a_large_batch_is_sorted_without_a_look_at_its_records(tmp_path, monkeypatch):
+    """An annotation file knows the words of the captions that training will show."""
+    captions = [["a dog", "a" + " very" * i + " small cat", "two"][: 1 + i % 3] for i in range(300)]
+    records = [{"image": f"{i}.png", "caption": texts} for i, texts in enumerate(captions)]
+    images = open_images([write(tmp_path, "a.json", records)], "train", 8)
+    indices, rngs = np.arange(300)[::-1], SampleRngs(5, 1000 + np.arange(300))
+    shown = [images[index].sample_text(rng)[1] for index, rng in zip(indices.tolist(), rngs)]
+    monkeypatch.setattr(AnnotationFile, "__getitem__", None)
+    assert images.words(0, indices, rngs).tolist() == [min(255, len(text.split())) for text in shown]
+    assert len(steps_of(images, batch=30, steps=5)) == 5
 
 
 def test_answers_of_one_length_are_spread_over_the_steps(tmp_path):

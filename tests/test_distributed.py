@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import losses
 import train
 from blip2 import Blip2
 from data import collate_lm
-from engine import stop
+from engine import device, stop
 from engine.distributed import all_gather, all_sum, fetch_rows, flights, rank, record_flight, world_size
 from engine.errors import run_command, unexpected
 from engine.gradcache import two_pass_losses
@@ -108,6 +109,17 @@ def test_ranks_have_the_losses_and_gradients_of_one_big_batch(ranks, processes, 
     expected = stage1(model, [batch], objectives)
     assert expected[1].keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     ranks(processes, stage1_on_ranks, objectives, expected)
+
+
+def precision_on_ranks(_):
+    found = "bf16" if rank() == 0 else "fp32"
+    with mock.patch.object(device, "cpu_precision", lambda: (found, f"rank {rank()}")):
+        assert device.choose_precision(torch.device("cpu")) == ("bf16", "rank 0")
+
+
+def test_all_ranks_take_the_precision_that_the_first_has_measured(ranks):
+    """Where cores are shared, two measurements may differ; so may two machines."""
+    ranks(2, precision_on_ranks)
 
 
 def test_accumulation_has_the_gradients_of_the_big_batch_for_itg_and_not_for_itc():

@@ -13,19 +13,20 @@ from tools.figures import FLOORS, READ_FIRST
 BUDGET = {
     "vit.py": 190, "qformer.py": 310, "losses.py": 140, "model.py": 290, "train.py": 300, "llm.py": 590,
     "generate.py": 270, "data.py": 370, "config.py": 490, "recipes.py": 140, "blip2.py": 650, "eval.py": 320,
-    "bench.py": 530,
+    "bench.py": 540,
     "docs/examples/own_encoder.py": 60, "docs/examples/own_llm.py": 60,
-    "engine/checkpoint.py": 290, "engine/cuda_graph.py": 40, "engine/device.py": 100, "engine/distributed.py": 260,
-    "engine/errors.py": 150, "engine/files.py": 230, "engine/gradcache.py": 100, "engine/health.py": 50,
-    "engine/kernels.py": 90, "engine/lock.py": 80, "engine/log.py": 260, "engine/permutation.py": 60,
-    "engine/progress.py": 40, "engine/sharding.py": 110, "engine/stop.py": 110,
+    "engine/checkpoint.py": 290, "engine/cuda_graph.py": 40, "engine/device.py": 130, "engine/distributed.py": 260,
+    "engine/draws.py": 60, "engine/errors.py": 150, "engine/files.py": 230, "engine/gradcache.py": 100,
+    "engine/health.py": 50, "engine/kernels.py": 130, "engine/lock.py": 80, "engine/log.py": 260,
+    "engine/permutation.py": 60, "engine/progress.py": 40, "engine/sharding.py": 110, "engine/step_graph.py": 110,
+    "engine/stop.py": 110,
     "sources/annotations.py": 320, "sources/images.py": 200, "sources/layouts.py": 390, "sources/mixture.py": 170,
     "sources/prompts.py": 100, "sources/shapes.py": 350, "sources/shards.py": 360, "sources/text.py": 240,
     "weights/configs.py": 410, "weights/export.py": 220, "weights/load.py": 280, "weights/open.py": 340,
     "weights/runs.py": 120, "weights/tables.py": 450,
     "tasks/attention_maps.py": 150, "tasks/batches.py": 180, "tasks/captions.py": 90, "tasks/charts.py": 90,
     "tasks/clip.py": 150, "tasks/features.py": 180, "tasks/metrics.py": 270, "tasks/presets.py": 80,
-    "tasks/report.py": 200, "tasks/retrieval.py": 160, "tasks/samples.py": 100, "tasks/shapes_qa.py": 200,
+    "tasks/report.py": 200, "tasks/retrieval.py": 180, "tasks/samples.py": 100, "tasks/shapes_qa.py": 200,
     "tasks/validation.py": 180, "tasks/vqa.py": 150,
     "tools/capfilt.py": 300, "tools/data.py": 170, "tools/figures.py": 250, "tools/make_tiny.py": 450,
     "tools/models.py": 80, "tools/report.py": 30, "tools/results.py": 260, "tools/scale.py": 120,
@@ -100,7 +101,7 @@ def test_every_file_keeps_its_budget(path):
 
 
 def test_the_whole_is_counted_too():
-    assert sum(lines_of(name_of(path)) for path in FILES) <= 14_320
+    assert sum(lines_of(name_of(path)) for path in FILES) <= 14_600
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -23,7 +23,7 @@ from tasks.metrics import (
     normalize_answer,
     ranks,
     recalls,
-    reranked_ranks,
+    reranked,
     rouge_l,
     vqa_accuracy,
 )
@@ -53,10 +53,10 @@ def test_reranking_orders_the_first_k_and_nothing_else():
     first = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).repeat(4, 1)
     second = torch.tensor([[0.0, 9.0, 1.0, 99.0]]).repeat(4, 1)
     eye = torch.eye(4, dtype=torch.bool)
-    assert reranked_ranks(first, second, eye, 2).tolist() == [1, 0, 2, 3]
-    assert reranked_ranks(first, second, eye, 3).tolist() == [2, 0, 1, 3]
-    assert reranked_ranks(first, second, eye, 4).tolist() == [3, 1, 2, 0]
-    assert reranked_ranks(first, second, eye, 99).tolist() == [3, 1, 2, 0]
+    assert ranks(reranked(first, second, 2), eye).tolist() == [1, 0, 2, 3]
+    assert ranks(reranked(first, second, 3), eye).tolist() == [2, 0, 1, 3]
+    assert ranks(reranked(first, second, 4), eye).tolist() == [3, 1, 2, 0]
+    assert ranks(reranked(first, second, 99), eye).tolist() == [3, 1, 2, 0]
 
 
 def test_chance_is_the_recall_of_random_scores():

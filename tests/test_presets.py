@@ -39,6 +39,7 @@ def test_a_preset_never_changes():
         "aokvqa-zeroshot-v2": "6dbd6440",
         "vqav2-v1": "02bb0b72",
         "retrieval-v1": "b80e2400",
+        "retrieval-v2": "dbb0ac66",
         "coco-retrieval-v1": "6a4e2ece",
         "flickr30k-retrieval-v1": "6a4e2ece",
     }

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import small_qformer
 
-from engine.kernels import Linear, attention, cross_attention, dropout, shared_attention
+from engine.kernels import LayerNorm, Linear, attention, cross_attention, dropout, shared_attention
 from qformer import QFormer, QFormerConfig, copy_text_ffn_to_queries
 from weights.load import load, no_init
 from weights.tables import BERT, HF_QFORMER
@@ -263,3 +263,27 @@ def test_dropout_in_bf16_scales_what_it_keeps_without_bias():
     x = 1 + torch.rand(1000, 1000).bfloat16()
     y = dropout(x, 0.1)
     assert (y.double().sum() / x[y > 0].double().sum()).item() == pytest.approx(1 / 0.9, rel=2e-4)
+
+
+def test_under_autocast_the_residual_stream_is_in_half_precision_and_norms_are_still_accurate():
+    """The paper-sized width; gradients reach the fp32 weights."""
+    torch.manual_seed(0)
+    norm, exact = LayerNorm(768, eps=1e-12), torch.nn.LayerNorm(768, eps=1e-12)
+    with torch.no_grad():
+        norm.weight.add_(0.1 * torch.randn(768))
+        norm.bias.add_(0.1 * torch.randn(768))
+    exact.load_state_dict(norm.state_dict())
+    x = 3 * torch.randn(40, 768) + 1
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x)
+        model = small_qformer()
+        query_out, text_out = model(
+            "itm", torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.bool), model.image_kv(torch.randn(2, 7, 10))
+        )
+    assert out.dtype == query_out.dtype == text_out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact(x), atol=0.03, rtol=0.02)
+    out.float().square().sum().backward()
+    exact(x).square().sum().backward()
+    assert norm.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(norm.weight.grad, exact.weight.grad, rtol=0.03, atol=0.5)
+    assert torch.equal(norm(x), exact(x))  # without autocast nothing changes

@@ -109,7 +109,8 @@ def retrieval_result(score: float) -> dict:
     """A result of the retrieval task; all recalls are `score`."""
     recalls = {way: dict.fromkeys(("R@1", "R@5", "R@10"), score) for way in ("image_to_text", "text_to_image")}
     numbers = dict.fromkeys(("chance", "shuffled images", "itc", "reranked"), recalls)
-    return {"task": "retrieval", "images": 1, "texts": 1, "k": 1, "subsets": {}, "mistakes": [], "seconds": 0} | numbers
+    rest = {"images": 1, "texts": 1, "k": 1, "subsets": {}, "best": [], "mistakes": [], "seconds": 0}
+    return {"task": "retrieval"} | rest | numbers
 
 
 # --- schedule and optimizer ------------------------------------------------------------------------------------------
@@ -150,18 +151,21 @@ def test_weight_decay_is_on_matrices_and_tables_never_on_the_temperature():
     assert len(decayed | spared) == sum(not name.startswith("vit.") for name in names.values())
 
 
-def test_a_trained_vit_learns_slower_block_by_block():
+def test_a_trained_vit_learns_slower_block_by_block_and_what_starts_as_bert_by_its_share():
     """AdamW's first step moves every weight by its learning rate, so the decay can be read from the weights."""
     model = small_model()
     model.unfreeze_vit()
-    cfg = TrainConfig(lr=1e-3, beta2=0.999, weight_decay=0.0, vit_lr_decay=0.5)
+    cfg = TrainConfig(lr=1e-3, beta2=0.999, weight_decay=0.0, vit_lr_decay=0.5, bert_lr=0.2)
     optimizer = build_optimizer(model.train(), cfg)
     before = {name: p.clone() for name, p in model.named_parameters()}
     sum(model.stage1_losses(random_batch(6)).values()).backward()
     set_lr(optimizer, cfg.lr)
     optimizer.step()
     scales = {"vit.blocks.1.fc1.weight": 0.5, "vit.blocks.0.fc1.weight": 0.25, "vit.pos_embed": 0.125}
-    for name, scale in (scales | {"qformer.queries": 1}).items():
+    new = ("queries", "blocks.0.cross.q.weight", "blocks.0.cross.ln.weight")
+    old = ("embedding_ln.weight", "blocks.0.attn.qkv.weight", "blocks.1.ffn_query.up.weight", "lm_head.dense.weight")
+    scales |= {f"qformer.{name}": 1 for name in new} | {f"qformer.{name}": 0.2 for name in old} | {"itm_head.weight": 1}
+    for name, scale in scales.items():
         moved = (model.get_parameter(name) - before[name]).abs().median().item()
         assert moved == pytest.approx(1e-3 * scale, rel=1e-2), name
 
@@ -657,6 +661,15 @@ def test_each_number_of_a_validation_stands_beside_that_of_chance():
                 "validation at step 500: mean recall 40.0 % (chance 2.0 %), the best so far (0 s)",
                 "  R@1 by ITC: image-to-text 40.0 %, text-to-image 40.0 % (chance 2.0 %)",
                 "  R@1 by ITM: image-to-text 40.0 %, text-to-image 40.0 % (chance 2.0 %)",
+            ],
+        ),
+        (
+            retrieval_result(40.0) | {"itm": retrieval_result(30.0)["itc"], "rerank": "posterior"},
+            [
+                "validation at step 500: mean recall 40.0 % (chance 40.0 %), the best so far (0 s)",
+                "  R@1 by ITC: image-to-text 40.0 %, text-to-image 40.0 % (chance 40.0 %)",
+                "  R@1 by ITM: image-to-text 30.0 %, text-to-image 30.0 % (chance 40.0 %)",
+                "  R@1 by ITM+ITC: image-to-text 40.0 %, text-to-image 40.0 % (chance 40.0 %)",
             ],
         ),
         (

@@ -200,3 +200,18 @@ def test_gradient_checkpointing_runs_each_block_twice_and_changes_no_gradient():
     assert runs == [False, True, True]
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+# --- the kernels of a GPU --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_a_frozen_half_precision_encoder_on_a_gpu_computes_what_one_in_fp32_computes():
+    """With cuDNN's attention and GELU in the product's epilogue (tanh form)."""
+    torch.manual_seed(0)
+    vit = roughen(ViT(ViTConfig(88 * 2, depth=4, heads=2, mlp=352, patch_size=14, image_size=56))).cuda().eval()
+    images = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8, device="cuda")
+    with torch.no_grad():
+        exact, half = vit(images), vit.half()(images).float()
+    assert (half - exact).norm() / exact.norm() < 5e-3

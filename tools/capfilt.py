@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from blip2 import Blip2
-from data import Loader, decoding_workers, sample_rng
+from data import Loader, decoding_workers
 from engine.device import DEVICES, PRECISIONS, choose_precision, local_device
 from engine.distributed import barrier, gather_objects, print0, rank, start_processes, world_size
+from engine.draws import sample_rng
 from engine.errors import Parser, UserError, at_least_1, expect, run_command
 from engine.files import read_json, remove, sha256, whole, write_json
 from engine.lock import locked

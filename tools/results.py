@@ -202,6 +202,7 @@ SPEED = {
     "fp32, Intel Xeon": {"stage1-amx-fp32": STEP1, "stage2-amx-fp32": STEP2, "generate-amx-fp32": CAPTIONS},
     "bf16, NVIDIA H100": {
         "stage1-h100": "a step of stage 1, ViT-g, batch 384",
+        "stage1-h100-batch64-graph": "a step of stage 1, ViT-g, batch 64",
         "stage2-h100": "a step of stage 2, ViT-g, OPT-2.7b, batch 128",
         "generate-h100": "captions, ViT-g, OPT-2.7b, 5 beams, 20 tokens, batch 8",
     },
